@@ -1,0 +1,37 @@
+"""The two verbs of every attention backend, and the shape of one forward as the host knows it."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from ..kv.cache import KVCache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLayout:
+    """B rows of new tokens, T in all. A row is a run of consecutive new tokens of one node (or open step) of the KV tree.
+
+    Token i of row b sits at context index `context_lens[b] - (row_starts[b + 1] - row_starts[b]) + i` and sees
+    `context_slots[b, : that index + 1]`: everything before it on its path, and itself. Ancestors may be rows of the same
+    forward: all new keys and values of a layer are written before any are read.
+    """
+
+    positions: np.ndarray  # int64 [T], place of each token on its path, the prompt's first token at 0
+    write_slots: np.ndarray  # int64 [T], where each new token's key and value go
+    row_starts: np.ndarray  # int32 [B + 1], tokens of row b are row_starts[b] : row_starts[b + 1]
+    context_slots: np.ndarray  # int32 [B, C], slots of the whole path, the row's own tokens last; 0 beyond the length
+    context_lens: np.ndarray  # int32 [B]
+
+
+class AttentionBackend(Protocol):
+    """`plan` is host work, once per forward; `run` is called once per layer with that plan."""
+
+    name: str
+
+    def plan(self, layout: BatchLayout) -> Any: ...
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, plan: Any) -> Tensor:
+        """Write k, v [T, K, D] of the new tokens to their slots, then attend: q [T, H, D] -> out [T, H, D]. Scale 1/sqrt(D)."""
+        ...

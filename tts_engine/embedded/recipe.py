@@ -1,0 +1,51 @@
+"""What the embedded models are: sizes, token budgets, learning rates and seeds. Numbers only; train.py acts on them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyRecipe:
+    """One policy: Qwen2 style, head_dim 32, tied embeddings; `tokens` of fresh problems, one epoch."""
+
+    name: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    tokens: int
+    batch_tokens: int
+    learning_rate: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PRMRecipe:
+    """One PRM: the middle policy's weights and a head; `tokens` of labelled trajectories."""
+
+    name: str
+    family: str
+    tokens: int
+    batch_tokens: int = 4096
+    learning_rate: float = 1e-3
+    seed: int
+
+
+POLICIES = {
+    p.name: p
+    for p in (
+        PolicyRecipe(name="policy-s", hidden_size=64, num_layers=3, num_heads=2, num_kv_heads=1,
+                     tokens=40_000_000, batch_tokens=8192, learning_rate=4e-3, seed=1),
+        PolicyRecipe(name="policy-m", hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2,
+                     tokens=25_000_000, batch_tokens=4096, learning_rate=2e-3, seed=2),
+        PolicyRecipe(name="policy-l", hidden_size=224, num_layers=5, num_heads=7, num_kv_heads=1,
+                     tokens=15_000_000, batch_tokens=4096, learning_rate=1.5e-3, seed=3),
+    )
+}  # fmt: skip
+PRMS = {
+    p.name: p
+    for p in (
+        PRMRecipe(name="prm-good", family="qwen2.5-math-prm", tokens=8_000_000, seed=4),
+        PRMRecipe(name="prm-poor", family="math-shepherd", tokens=8_000_000, seed=5),
+    )
+}
+LEVEL_MIX = {1: 1, 2: 1, 3: 1}  # relative frequency of levels among training problems

@@ -1,0 +1,35 @@
+"""What a search method may ask for. A method is a generator of these; it never sees a tensor, a batch or a cache."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from ..branch import Branch
+
+
+@dataclass(frozen=True, slots=True)
+class Expand:
+    """Draw the next step after each branch; answered by one child per entry, same order.
+
+    A branch may be listed several times: each entry is its parent's next draw in this lane. With `to_end` the child is
+    the end of a whole trajectory (every step in between is on its path).
+    """
+
+    branches: list[Branch]
+    to_end: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Have the PRM read these branches; answered by equal branches, same order, in which every step carries its score."""
+
+    branches: list[Branch]
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Run programs side by side; answered by their results, same order. Program j draws in lane (outer lane, j)."""
+
+    programs: list["Program"]
+
+
+Program = Generator[Expand | Score | Join, list, list[Branch]]
