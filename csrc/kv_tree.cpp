@@ -1,0 +1,405 @@
+#include "kv_tree.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace tts {
+namespace {
+
+std::string str(int64_t value) { return std::to_string(value); }
+
+void require(bool holds, const std::string& sentence) {
+  if (!holds) throw std::invalid_argument(sentence);
+}
+
+void invariant(bool holds, const std::string& sentence) {
+  if (!holds) throw std::logic_error("the KV tree's books are wrong: " + sentence);
+}
+
+uint64_t mix(uint64_t hash, uint64_t value) {
+  hash = (hash ^ value) * 0x9e3779b97f4a7c15ull;
+  return hash ^ (hash >> 29);
+}
+
+uint64_t child_key(int64_t parent, const Tokens& tokens) {
+  uint64_t hash = mix(tokens.size(), static_cast<uint64_t>(parent));
+  for (int32_t token : tokens) hash = mix(hash, static_cast<uint32_t>(token));
+  return hash;
+}
+
+// Calls run(first slot, count) for the stretches of consecutive slots that hold tokens [start, end) of `blocks`.
+template <class Run>
+void for_runs(const Blocks& blocks, int64_t block_size, int64_t start, int64_t end, Run run) {
+  while (start < end) {
+    const int64_t block = start / block_size, offset = start % block_size;
+    const int64_t count = std::min(block_size - offset, end - start);
+    run(blocks[block] * block_size + offset, count);
+    start += count;
+  }
+}
+
+}  // namespace
+
+// Keeps a path from being evicted while room is made under it.
+struct KVTree::PinGuard {
+  PinGuard(KVTree& tree, int64_t node) : tree(tree), node(node) { tree.pin(node); }
+  ~PinGuard() { tree.unpin(node); }
+  PinGuard(const PinGuard&) = delete;
+  PinGuard& operator=(const PinGuard&) = delete;
+  KVTree& tree;
+  int64_t node;
+};
+
+KVTree::KVTree(int64_t num_blocks, int64_t block_size) : num_blocks_(num_blocks), block_size_(block_size) {
+  require(num_blocks > 0 && block_size > 0,
+          "a KV tree needs blocks and slots, got " + str(num_blocks) + " blocks of " + str(block_size) + " slots");
+  require(num_blocks <= std::numeric_limits<int32_t>::max() / block_size,
+          str(num_blocks) + " blocks of " + str(block_size) + " slots do not fit 32-bit slot numbers");
+  free_.reserve(num_blocks);
+  for (int64_t block = num_blocks; block-- > 0;) free_.push_back(static_cast<int32_t>(block));
+}
+
+// ---- nodes
+
+int64_t KVTree::find(int64_t parent, const Tokens& tokens) {
+  if (parent != kNone) nodes_.checked(parent);
+  const int64_t node = lookup(parent, tokens, child_key(parent, tokens));
+  if (node != kNone) touch(nodes_[node], node);
+  return node;
+}
+
+int64_t KVTree::insert(int64_t parent, const Tokens& tokens) {
+  if (parent != kNone) nodes_.checked(parent);
+  const uint64_t key = child_key(parent, tokens);
+  int64_t node = lookup(parent, tokens, key);
+  if (node == kNone) {
+    PinGuard guard(*this, parent);
+    const int64_t num_blocks = blocks_for(tokens.size());
+    if (!make_room(num_blocks)) return kNone;
+    node = place(parent, tokens, key);
+    take(nodes_[node].blocks, num_blocks);
+    idle_ += num_blocks;
+    hold(node);
+    return node;
+  }
+  hold(node);
+  return node;
+}
+
+void KVTree::hold(int64_t handle) {
+  Node& node = nodes_[nodes_.checked(handle)];
+  ++node.holds;
+  pin(handle);
+  touch(node, handle);
+}
+
+void KVTree::drop(int64_t handle) {
+  Node& node = nodes_[nodes_.checked(handle)];
+  require(node.holds > 0, "node " + str(handle) + " is dropped more often than it was held");
+  --node.holds;
+  touch(node, handle);
+  unpin(handle);
+}
+
+void KVTree::set_computed(int64_t handle, int64_t num_tokens) {
+  Node& node = nodes_[nodes_.checked(handle)];
+  require(num_tokens >= 0 && num_tokens <= static_cast<int64_t>(node.tokens.size()),
+          str(num_tokens) + " computed tokens in a node of " + str(node.tokens.size()));
+  node.computed = num_tokens;
+}
+
+int64_t KVTree::num_tokens(int64_t node) const {
+  return static_cast<int64_t>(nodes_[nodes_.checked(node)].tokens.size());
+}
+
+int64_t KVTree::lookup(int64_t parent, const Tokens& tokens, uint64_t key) const {
+  const auto [first, last] = index_.equal_range(key);
+  for (auto entry = first; entry != last; ++entry) {
+    const Node& node = nodes_[entry->second];
+    if (node.parent == parent && node.tokens == tokens) return entry->second;
+  }
+  return kNone;
+}
+
+// A new node with room for its blocks and none taken; the caller attaches them (idle) and holds it. Its parent is
+// pinned. All that can fail is done before anything changes.
+int64_t KVTree::place(int64_t parent, const Tokens& tokens, uint64_t key) {
+  Evictable cut;
+  cut.emplace();
+  Node node;
+  node.parent = parent;
+  node.tokens = tokens;
+  node.blocks.reserve(blocks_for(tokens.size()));
+  node.key = key;
+  node.path_end = static_cast<int64_t>(tokens.size()) + (parent == kNone ? 0 : nodes_[parent].path_end);
+  node.ticket = cut.extract(cut.begin());
+  index_.emplace(key, nodes_.prepare());
+  if (parent != kNone) ++nodes_[parent].children;
+  return nodes_.add(std::move(node));
+}
+
+// ---- leases
+
+int64_t KVTree::lease(int64_t parent) {
+  Lease lease;
+  lease.parent = nodes_.checked(parent);
+  leases_.prepare();
+  pin(parent);
+  return leases_.add(std::move(lease));
+}
+
+bool KVTree::extend(int64_t lease, int64_t num_tokens) { return extend_many(&lease, 1, num_tokens) == 1; }
+
+size_t KVTree::extend_many(const int64_t* leases, size_t num_leases, int64_t num_tokens) {
+  require(num_tokens >= 0 && num_tokens <= num_blocks_ * block_size_,
+          "a lease cannot grow by " + str(num_tokens) + " tokens in a pool of " + str(num_blocks_ * block_size_));
+  for (size_t i = 0; i < num_leases; ++i) leases_.checked(leases[i]);
+  for (size_t i = 0; i < num_leases; ++i)
+    if (!extend_checked(leases_[leases[i]], num_tokens)) return i;
+  return num_leases;
+}
+
+bool KVTree::extend_checked(Lease& lease, int64_t num_tokens) {
+  const int64_t more = blocks_for(lease.num_tokens + num_tokens) - static_cast<int64_t>(lease.blocks.size());
+  if (more > 0) {
+    lease.blocks.reserve(lease.blocks.size() + more);
+    if (!make_room(more)) return false;
+    take(lease.blocks, more);
+    filling_ += more;
+  }
+  lease.num_tokens += num_tokens;
+  return true;
+}
+
+int64_t KVTree::seal(int64_t handle, const Tokens& tokens, int64_t computed) {
+  Lease& lease = leases_[leases_.checked(handle)];
+  const int64_t num_tokens = static_cast<int64_t>(tokens.size());
+  require(num_tokens <= lease.num_tokens,
+          "a lease with room for " + str(lease.num_tokens) + " tokens cannot be sealed with " + str(num_tokens));
+  require(computed >= 0 && computed <= num_tokens,
+          str(computed) + " computed tokens in a step of " + str(num_tokens));
+  const uint64_t key = child_key(lease.parent, tokens);
+  int64_t node = lookup(lease.parent, tokens, key);
+  if (node == kNone) {
+    node = place(lease.parent, tokens, key);
+    const int64_t keep = blocks_for(tokens.size());
+    nodes_[node].computed = computed;
+    nodes_[node].blocks.assign(lease.blocks.begin(), lease.blocks.begin() + keep);  // into reserved room
+    filling_ -= keep;
+    idle_ += keep;
+    lease.blocks.erase(lease.blocks.begin(), lease.blocks.begin() + keep);
+  }
+  hold(node);
+  release(handle);
+  return node;
+}
+
+void KVTree::release(int64_t handle) {
+  Lease& lease = leases_[leases_.checked(handle)];
+  filling_ -= static_cast<int64_t>(lease.blocks.size());
+  give_back(lease.blocks);
+  unpin(lease.parent);
+  leases_.remove(handle);
+}
+
+// ---- room
+
+Counts KVTree::counts() const noexcept {
+  return {static_cast<int64_t>(free_.size()), filling_, pinned_, idle_};
+}
+
+int64_t KVTree::evict(int64_t num_blocks) {
+  int64_t freed = 0;
+  while (freed < num_blocks && !evictable_.empty()) freed += evict_oldest();
+  return freed;
+}
+
+int64_t KVTree::blocks_for(int64_t num_tokens) const noexcept { return (num_tokens + block_size_ - 1) / block_size_; }
+
+// Everything idle can be evicted, for no descendant of an idle node is pinned: what cannot succeed evicts nothing.
+bool KVTree::make_room(int64_t num_blocks) noexcept {
+  if (static_cast<int64_t>(free_.size()) + idle_ < num_blocks) return false;
+  while (static_cast<int64_t>(free_.size()) < num_blocks) evict_oldest();
+  return true;
+}
+
+void KVTree::take(Blocks& blocks, int64_t num_blocks) noexcept {
+  for (; num_blocks > 0; --num_blocks) {
+    blocks.push_back(free_.back());
+    free_.pop_back();
+  }
+}
+
+void KVTree::give_back(const Blocks& blocks) noexcept { free_.insert(free_.end(), blocks.rbegin(), blocks.rend()); }
+
+int64_t KVTree::evict_oldest() noexcept {
+  const int64_t handle = evictable_.begin()->second;
+  Node& node = nodes_[handle];
+  const int64_t num_blocks = static_cast<int64_t>(node.blocks.size());
+  evictable_.erase(evictable_.begin());
+  auto entry = index_.equal_range(node.key).first;
+  while (entry->second != handle) ++entry;
+  index_.erase(entry);
+  give_back(node.blocks);
+  idle_ -= num_blocks;
+  if (const int64_t above = node.parent; above != kNone) {
+    Node& parent = nodes_[above];
+    --parent.children;
+    if (parent.children == 0 && parent.pins == 0) enlist(parent, above);
+  }
+  nodes_.remove(handle);
+  return num_blocks;
+}
+
+// ---- pins: a node passes one pin to its parent for as long as it has any itself
+
+void KVTree::pin(int64_t handle) noexcept {
+  while (handle != kNone) {
+    Node& node = nodes_[handle];
+    if (node.pins++ > 0) return;
+    const int64_t num_blocks = static_cast<int64_t>(node.blocks.size());
+    idle_ -= num_blocks;
+    pinned_ += num_blocks;
+    delist(node, handle);
+    handle = node.parent;
+  }
+}
+
+void KVTree::unpin(int64_t handle) noexcept {
+  while (handle != kNone) {
+    Node& node = nodes_[handle];
+    if (--node.pins > 0) return;
+    const int64_t num_blocks = static_cast<int64_t>(node.blocks.size());
+    pinned_ -= num_blocks;
+    idle_ += num_blocks;
+    if (node.children == 0) enlist(node, handle);
+    handle = node.parent;
+  }
+}
+
+void KVTree::touch(Node& node, int64_t handle) noexcept {
+  const bool listed = node.ticket.empty();
+  if (listed) delist(node, handle);
+  node.last_use = ++clock_;
+  if (listed) enlist(node, handle);
+}
+
+void KVTree::enlist(Node& node, int64_t handle) noexcept {
+  node.ticket.value() = {node.last_use, handle};
+  evictable_.insert(std::move(node.ticket));
+}
+
+void KVTree::delist(Node& node, int64_t handle) noexcept {
+  if (node.ticket.empty()) node.ticket = evictable_.extract({node.last_use, handle});
+}
+
+// ---- slots
+
+void KVTree::context_slots(const int64_t* handles, const bool* is_lease, const int32_t* lens, size_t num_rows,
+                           int32_t* out, size_t width) const {
+  for (size_t b = 0; b < num_rows; ++b) {
+    int32_t* row = out + b * width;
+    const int64_t len = lens[b];
+    const auto put = [&](const Blocks& blocks, int64_t path_start, int64_t path_end) {
+      if (path_start >= len) return;
+      int32_t* at = row + path_start;
+      for_runs(blocks, block_size_, 0, std::min(path_end, len) - path_start, [&](int64_t slot, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) at[i] = static_cast<int32_t>(slot + i);
+        at += count;
+      });
+    };
+    const Lease* open = is_lease[b] ? &leases_[leases_.checked(handles[b])] : nullptr;
+    int64_t node = open ? open->parent : nodes_.checked(handles[b]);
+    const int64_t last_end = nodes_[node].path_end, end = open ? last_end + open->num_tokens : last_end;
+    require(len >= 0 && len <= end && len <= static_cast<int64_t>(width),
+            "row " + str(b) + " asks for " + str(len) + " slots; its path has " + str(end) + " and the output " +
+                str(width) + " a row");
+    if (open) put(open->blocks, last_end, end);
+    for (int64_t path_end = last_end; node != kNone; node = nodes_[node].parent) {
+      const int64_t path_start = path_end - static_cast<int64_t>(nodes_[node].tokens.size());
+      put(nodes_[node].blocks, path_start, path_end);
+      path_end = path_start;
+    }
+    std::fill(row + len, row + width, 0);
+  }
+}
+
+void KVTree::write_slots(const int64_t* handles, const bool* is_lease, const int32_t* starts, const int32_t* counts,
+                         size_t num_rows, int64_t* out, size_t num_out) const {
+  const int64_t* const out_end = out + num_out;
+  for (size_t b = 0; b < num_rows; ++b) {
+    const Lease* open = is_lease[b] ? &leases_[leases_.checked(handles[b])] : nullptr;
+    const Node* closed = open ? nullptr : &nodes_[nodes_.checked(handles[b])];
+    const int64_t start = starts[b], count = counts[b];
+    const int64_t own = open ? open->num_tokens : static_cast<int64_t>(closed->tokens.size());
+    require(start >= 0 && count >= 0 && start + count <= own && count <= out_end - out,
+            "row " + str(b) + " asks for tokens " + str(start) + " to " + str(start + count) + " of " + str(own) +
+                " and the output has " + str(out_end - out) + " places left");
+    for_runs(open ? open->blocks : closed->blocks, block_size_, start, start + count, [&](int64_t slot, int64_t run) {
+      for (int64_t i = 0; i < run; ++i) *out++ = slot + i;
+    });
+  }
+  require(out == out_end, "the output has " + str(out_end - out) + " places more than the rows have tokens");
+}
+
+// ---- the audit
+
+void KVTree::check() const {
+  std::vector<bool> seen(num_blocks_, false);
+  const auto claim = [&](const Blocks& blocks, const std::string& owner) {
+    for (int32_t block : blocks) {
+      invariant(block >= 0 && block < num_blocks_ && !seen[block], "block " + str(block) + " of " + owner + " has two owners");
+      seen[block] = true;
+    }
+    return static_cast<int64_t>(blocks.size());
+  };
+
+  std::unordered_map<int64_t, std::pair<int64_t, int64_t>> below;  // node -> (resident children, pins from below)
+  Counts sums = {claim(free_, "the free list"), 0, 0, 0};
+  leases_.for_each([&](int64_t handle, const Lease& lease) {
+    const std::string who = "lease " + str(handle);
+    sums.filling += claim(lease.blocks, who);
+    invariant(static_cast<int64_t>(lease.blocks.size()) == blocks_for(lease.num_tokens),
+              who + " has " + str(lease.blocks.size()) + " blocks for " + str(lease.num_tokens) + " tokens");
+    ++below[nodes_.checked(lease.parent)].second;
+  });
+  nodes_.for_each([&](int64_t, const Node& node) {
+    if (node.parent == kNone) return;
+    auto& [children, pins] = below[nodes_.checked(node.parent)];
+    ++children;
+    pins += node.pins > 0;
+  });
+  size_t num_evictable = 0;
+  nodes_.for_each([&](int64_t handle, const Node& node) {
+    const std::string who = "node " + str(handle);
+    const int64_t num_tokens = static_cast<int64_t>(node.tokens.size());
+    (node.pins > 0 ? sums.pinned : sums.idle) += claim(node.blocks, who);
+    invariant(static_cast<int64_t>(node.blocks.size()) == blocks_for(num_tokens),
+              who + " has " + str(node.blocks.size()) + " blocks for " + str(num_tokens) + " tokens");
+    invariant(node.computed >= 0 && node.computed <= num_tokens,
+              who + " has " + str(node.computed) + " of " + str(num_tokens) + " tokens computed");
+    invariant(node.path_end == num_tokens + (node.parent == kNone ? 0 : nodes_[node.parent].path_end),
+              who + " ends its path at " + str(node.path_end));
+    const auto [children, pins] = below[handle];
+    invariant(node.holds >= 0 && node.children == children && node.pins == node.holds + pins,
+              who + " counts " + str(node.children) + " children and " + str(node.pins) + " pins, found " + str(children) +
+                  " and " + str(node.holds + pins));
+    invariant(lookup(node.parent, node.tokens, node.key) == handle, who + " is not found by its tokens");
+    const bool listed = evictable_.count({node.last_use, handle}) == 1;
+    invariant(listed == (node.pins == 0 && children == 0) && listed == node.ticket.empty(),
+              who + (listed ? " is" : " is not") + " listed for eviction");
+    num_evictable += listed;
+  });
+  invariant(index_.size() == nodes_.size() && evictable_.size() == num_evictable,
+            str(nodes_.size()) + " nodes, " + str(index_.size()) + " indexed, " + str(evictable_.size()) + " listed of " +
+                str(num_evictable) + " evictable");
+
+  const Counts now = counts();
+  invariant(now.free == sums.free && now.filling == sums.filling && now.pinned == sums.pinned && now.idle == sums.idle &&
+                now.free + now.filling + now.pinned + now.idle == num_blocks_,
+            "counted " + str(now.free) + " free + " + str(now.filling) + " filling + " + str(now.pinned) + " pinned + " +
+                str(now.idle) + " idle of " + str(num_blocks_) + ", found " + str(sums.free) + " + " + str(sums.filling) +
+                " + " + str(sums.pinned) + " + " + str(sums.idle));
+}
+
+}  // namespace tts

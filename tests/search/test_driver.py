@@ -1,0 +1,201 @@
+import pytest
+
+from tts_engine.branch import Branch, Finish, child_identity, root_branch
+from tts_engine.search.driver import Driver
+from tts_engine.search.requests import Expand, Join, Score
+from tts_engine.testing import play, random_policy, random_prm
+
+ROOT = root_branch((1, 2, 3))
+POLICY, PRM = random_policy(0, p_finish=0.0), random_prm(0)
+
+
+def children_of(ask, finish=None):
+    return [Branch(d.branch, (7,), "x", d.identity, d.lane, d.draw, finish) for d in ask.draws]
+
+
+def numbers(rounds):
+    return [[(d.lane, d.draw) for d in expanded.draws] for r in rounds for expanded in r]
+
+
+def test_each_entry_is_its_parents_next_draw_and_a_second_visit_draws_anew():
+    def program():
+        first = yield Expand([ROOT, ROOT])
+        yield Expand([first[0], ROOT, first[0]])
+        again = yield Expand([ROOT])
+        return again
+
+    result, rounds = play(program(), POLICY, PRM)
+    assert numbers(rounds) == [[((), 0), ((), 1)], [((), 0), ((), 2), ((), 1)], [((), 3)]]
+    assert result[0].identity == child_identity(ROOT.identity, (), 3)
+
+
+def test_a_scored_or_closed_copy_of_a_branch_continues_the_same_numbering():
+    def program():
+        (child,) = yield Expand([ROOT])
+        yield Expand([child])
+        (scored,) = yield Score([child])
+        return (yield Expand([scored]))
+
+    _, rounds = play(program(), POLICY, PRM)
+    assert numbers(rounds)[1:] == [[((), 0)], [((), 1)]]
+
+
+def test_joined_programs_draw_in_nested_lanes_that_never_restart():
+    def leaf():
+        return (yield Expand([ROOT, ROOT]))
+
+    def pair():
+        return sum((yield Join([leaf(), leaf()])), [])
+
+    def program():
+        both = yield Join([pair(), leaf()])
+        again = yield Join([leaf()])
+        return [*both[0], *both[1], *again[0]]
+
+    result, rounds = play(program(), POLICY, PRM)
+    assert numbers(rounds) == [
+        [((0, 0), 0), ((0, 0), 1)],
+        [((0, 1), 0), ((0, 1), 1)],
+        [((1,), 0), ((1,), 1)],
+        [((0,), 0), ((0,), 1)],
+    ]
+    assert [(branch.lane, branch.draw) for branch in result] == [pair for row in numbers(rounds) for pair in row]
+    assert len({branch.identity for branch in result}) == 8
+
+
+def test_a_second_join_continues_the_lanes_of_the_first():
+    def leaf():
+        return (yield Expand([ROOT]))
+
+    def program():
+        yield Join([leaf(), leaf()])
+        return (yield Join([leaf(), leaf()]))[1]
+
+    _, rounds = play(program(), POLICY, PRM)
+    assert numbers(rounds) == [[((0,), 0)], [((1,), 0)], [((0,), 1)], [((1,), 1)]]
+
+
+def test_programs_of_a_join_go_on_without_waiting_for_each_other():
+    def walk(steps):
+        branch = ROOT
+        for _ in range(steps):
+            (branch,) = yield Expand([branch])
+        return [branch]
+
+    def program():
+        return sum((yield Join([walk(1), walk(3)])), [])
+
+    driver = Driver(program())
+    one, three = driver.asks()
+    for _ in range(3):
+        driver.answer(three, children_of(three))
+        new = driver.asks()
+        three = new[0] if new else None
+    assert three is None and not driver.done
+    driver.answer(one, children_of(one))
+    assert [branch.depth for branch in driver.result] == [1, 3]
+
+
+def test_later_steps_of_a_trajectory_take_their_numbers_from_the_driver():
+    def program():
+        ends = yield Expand([ROOT, ROOT], to_end=True)
+        return (yield Expand([ends[0].parent]))
+
+    driver = Driver(program())
+    (ask,) = driver.asks()
+    assert [d.to_end for d in ask.draws] == [True, True]
+    firsts = children_of(ask)
+    seconds = [driver.next_draw(first, draw.lane) for first, draw in zip(firsts, ask.draws, strict=True)]
+    assert [(d.draw, d.identity) for d in seconds] == [(0, child_identity(first.identity, (), 0)) for first in firsts]
+    driver.answer(ask, [Branch(d.branch, (7,), "x", d.identity, finish=Finish.EOS) for d in seconds])
+    (ask,) = driver.asks()
+    assert ask.draws[0].draw == 1  # the trajectory's own second step was draw 0 of the same parent
+
+
+def test_empty_requests_are_answered_at_once():
+    def program():
+        assert (yield Expand([])) == []
+        assert (yield Score([])) == []
+        assert (yield Join([])) == []
+        return []
+
+    driver = Driver(program())
+    assert driver.done and driver.result == [] and driver.asks() == []
+
+
+def test_asks_are_handed_out_once_and_answered_once():
+    def program():
+        yield Expand([ROOT])
+        return (yield Expand([ROOT]))
+
+    driver = Driver(program())
+    (ask,) = driver.asks()
+    assert (ask.kind, driver.asks()) == ("expand", [])
+    driver.answer(ask, children_of(ask))
+    with pytest.raises(AssertionError, match="not waiting"):
+        driver.answer(ask, children_of(ask))
+    with pytest.raises(AssertionError, match="not done"):
+        _ = driver.result
+
+
+def test_wrong_answers_are_caught():
+    def program():
+        children = yield Expand([ROOT, ROOT])
+        return (yield Score(children))
+
+    driver = Driver(program())
+    (ask,) = driver.asks()
+    with pytest.raises(AssertionError, match="an ask of 2 was answered with 1 branches"):
+        driver.answer(ask, children_of(ask)[:1])
+    with pytest.raises(AssertionError, match="identity of its draw"):
+        driver.answer(ask, children_of(ask)[::-1])
+    children = children_of(ask)
+    driver.answer(ask, children)
+    (ask,) = driver.asks()
+    with pytest.raises(AssertionError, match="without a score"):
+        driver.answer(ask, children)
+
+
+def test_an_unfinished_trajectory_is_not_an_answer_to_to_end():
+    def program():
+        return (yield Expand([ROOT], to_end=True))
+
+    driver = Driver(program())
+    (ask,) = driver.asks()
+    with pytest.raises(AssertionError, match="has not ended"):
+        driver.answer(ask, children_of(ask))
+
+
+def test_expanding_a_finished_branch_is_a_bug_of_the_method():
+    def program():
+        (child,) = yield Expand([ROOT])
+        return (yield Expand([child]))
+
+    driver = Driver(program())
+    (ask,) = driver.asks()
+    with pytest.raises(AssertionError, match="ended with eos cannot be expanded"):
+        driver.answer(ask, children_of(ask, Finish.EOS))
+
+
+def test_closing_closes_every_generator_under_way():
+    closed = []
+
+    def leaf(name):
+        try:
+            return (yield Expand([ROOT]))
+        finally:
+            closed.append(name)
+
+    def program():
+        try:
+            return sum((yield Join([leaf("first"), leaf("second")])), [])
+        finally:
+            closed.append("outer")
+
+    driver = Driver(program())
+    first, second = driver.asks()
+    driver.answer(first, children_of(first))
+    driver.close()
+    assert closed == ["first", "second", "outer"]
+    with pytest.raises(AssertionError, match="not waiting"):
+        driver.answer(second, children_of(second))

@@ -1,0 +1,66 @@
+"""What a user installs and what must never be in it."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#")
+
+
+def test_py_typed_ships():
+    assert (ROOT / "tts_engine" / "py.typed").is_file()
+    assert "py.typed" in CONFIG["tool"]["setuptools"]["package-data"]["tts_engine"]
+
+
+def test_help_imports_no_torch():
+    out = subprocess.run([sys.executable, "-X", "importtime", "-m", "tts_engine", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0 and "usage" in out.stdout.lower(), out.stderr[-2000:]
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in out.stderr.splitlines() if line.startswith("import time:")}
+    assert "tts_engine" in imported
+    assert not imported & {"torch", "transformers"}
+
+
+def test_the_build_needs_setuptools_and_pybind11_only():
+    assert {Requirement(line).name for line in CONFIG["build-system"]["requires"]} == {"setuptools", "pybind11"}
+    imports = re.findall(r"^\s*(?:from|import)\s+(\w+)", (ROOT / "setup.py").read_text(), re.MULTILINE)
+    assert set(imports) == {"setuptools", "pybind11"}
+
+
+def test_the_extension_says_how_to_build_it_where_it_is_missing():
+    command = "import sys; sys.modules['tts_engine._C'] = None; import tts_engine.kv.tree"
+    out = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode != 0 and "pip install -e ." in out.stderr.splitlines()[-1]
+
+
+def test_kernels_is_no_package():
+    """transformers looks for a distribution called `kernels`; an importable folder of that name would break its imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("words", ["trust_remote_code=True", "import pickle", "torch.load(", "yaml.load("])
+def test_nothing_that_runs_what_a_file_says(words):
+    assert [path.name for path in (ROOT / "tts_engine").rglob("*.py") if words in path.read_text()] == []
+
+
+def test_constraints_satisfy_the_bounds_of_the_package():
+    extras = CONFIG["project"]["optional-dependencies"]
+    required = [Requirement(line) for line in CONFIG["project"]["dependencies"]]
+    required += [Requirement(line) for extra in ("grade", "plot", "gpu", "test") for line in extras[extra]]
+    pins = {canonicalize_name(name): version for name, version in PINS.items()}
+    for need in required:
+        if need.name != "tts-engine":
+            assert need.specifier.contains(pins[canonicalize_name(need.name)]), f"{need} is pinned to {pins[need.name]}"
+    assert (pins["torch"], pins["triton"]) == ("2.13.0", "3.6.0")
+
+
+def test_every_package_is_pinned_by_name_and_version_alone():
+    for name, version in PINS.items():
+        assert re.fullmatch(r"[\w.-]+", name) and re.fullmatch(r"[\w.]+", version), f"{name}=={version}"

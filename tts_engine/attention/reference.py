@@ -1,0 +1,50 @@
+"""What attention over the KV tree means: one token at a time, its own path, float32. Slow and obvious; the others are held to it.
+
+Every shape depends on the token's own context length alone, so its bits do not depend on what else is in the forward.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..kv.cache import KVCache
+from .base import BatchLayout
+
+
+class ReferenceAttention:
+    name = "reference"
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = device
+
+    def plan(self, layout: BatchLayout) -> tuple[Tensor, list[Tensor]]:
+        """Slots to write [T], and for each token the slots it sees, oldest first, its own last."""
+        slots = torch.from_numpy(layout.context_slots).to(self._device, torch.int64)
+        starts, lens = layout.row_starts.tolist(), layout.context_lens.tolist()
+        seen = []
+        for b, length in enumerate(lens):
+            count = starts[b + 1] - starts[b]
+            seen += [slots[b, : length - count + i + 1] for i in range(count)]
+        return torch.from_numpy(layout.write_slots).to(self._device), seen
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, plan: tuple[Tensor, list[Tensor]]) -> Tensor:
+        write_slots, seen = plan
+        cache.write(layer, write_slots, k, v)
+        out = torch.empty_like(q)
+        for token, slots in enumerate(seen):
+            out[token] = _attend(q[token], cache.k[layer, slots], cache.v[layer, slots])
+        return out
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """q [H, D] of one token over keys, values [C, K, D] -> [H, D]: softmax(q k / sqrt(D)) v; H / K query heads share a KV head.
+
+    Products and sums rather than a matrix product, whose order of additions is the library's secret.
+    """
+    heads, dim = q.shape
+    kv_heads = keys.shape[1]
+    q = q.float().reshape(kv_heads, heads // kv_heads, 1, dim)
+    keys, values = keys.float().transpose(0, 1).unsqueeze(1), values.float().transpose(0, 1).unsqueeze(1)  # [K, 1, C, D]
+    weights = torch.softmax((q * keys).sum(-1) / math.sqrt(dim), dim=-1)  # [K, G, C]
+    return (weights.unsqueeze(-1) * values).sum(2).reshape(heads, dim)

@@ -1,0 +1,165 @@
+"""Which KV block belongs to which step: the Python face of the C++ tree. No tensors; the slots it names index kv/cache.py.
+
+A node is a closed step or a prompt, a lease is an open step. Both are int handles that die with what they name: a stale
+one raises ValueError, always. Blocks are free, filling (leased), pinned (needed now) or idle (kept in case), and conserved.
+"""
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+try:
+    from .. import _C  # type: ignore[attr-defined]
+except ImportError as error:
+    raise ImportError(
+        "tts_engine's C++ extension tts_engine._C is not built: run `pip install -e .` (or `make test`, `make demo`) in the "
+        "repository; it needs a C++17 compiler"
+    ) from error
+
+NO_NODE: Final = -1  # the parent of prompts, and the answer where there is no node
+
+
+class BlockCounts(NamedTuple):
+    """Blocks by state; the four add up to the pool, always."""
+
+    free: int
+    filling: int
+    pinned: int
+    idle: int
+
+
+def blocks_needed(num_tokens: int, block_size: int) -> int:
+    """Blocks of `block_size` tokens that one step (or prompt) of `num_tokens` occupies."""
+    return -(-num_tokens // block_size)
+
+
+class KVTree:
+    """The shared tree of steps over a pool of `num_blocks` blocks of `block_size` token slots. One thread at a time.
+
+    Siblings with equal tokens are one node. A step's blocks are never shared with another step, so a fork copies nothing.
+    A node is pinned while it, or any descendant, is held or leased under; all others are idle, and go leaf first, least
+    recently used first, as soon as their blocks are wanted. Whatever raises has changed nothing.
+    """
+
+    def __init__(self, *, num_blocks: int, block_size: int) -> None:
+        self._tree = _C.KVTree(num_blocks, block_size)
+        self.num_blocks, self.block_size = num_blocks, block_size
+
+    # Nodes
+
+    def find(self, parent: int, tokens: Sequence[int]) -> int:
+        """The resident child of `parent` (or of the top level, NO_NODE) with exactly these tokens, or NO_NODE."""
+        return self._tree.find(parent, tokens)
+
+    def insert(self, parent: int, tokens: Sequence[int]) -> int:
+        """Find that child or make it with nothing computed; held once for the caller. NO_NODE if its blocks cannot be had now."""
+        return self._tree.insert(parent, tokens)
+
+    def hold(self, node: int) -> None:
+        """Pin `node` and its path until as many drops."""
+        self._tree.hold(node)
+
+    def drop(self, node: int) -> None:
+        """Take back one hold; ValueError if there is none."""
+        self._tree.drop(node)
+
+    def set_computed(self, node: int, num_tokens: int) -> None:
+        """State that K and V of the node's first `num_tokens` tokens are written, and no others."""
+        self._tree.set_computed(node, num_tokens)
+
+    def computed(self, node: int) -> int:
+        """Leading tokens of the node whose K and V are written."""
+        return self._tree.computed(node)
+
+    def num_tokens(self, node: int) -> int:
+        """The node's own tokens."""
+        return self._tree.num_tokens(node)
+
+    def parent(self, node: int) -> int:
+        """The node above, or NO_NODE."""
+        return self._tree.parent(node)
+
+    def path_len(self, node: int) -> int:
+        """Tokens from the top of the path to the end of the node."""
+        return self._tree.path_len(node)
+
+    # Leases
+
+    def lease(self, parent: int) -> int:
+        """Open a step under a node, with no room yet; its path is pinned until `seal` or `release`."""
+        return self._tree.lease(parent)
+
+    def extend(self, lease: int, num_tokens: int = 1) -> bool:
+        """Make room for `num_tokens` more tokens, evicting what is idle; False, with nothing changed, if that cannot be."""
+        return self._tree.extend(lease, num_tokens)
+
+    def extend_many(self, leases: ArrayLike, num_tokens: int = 1) -> int:
+        """Extend leases int64 [B] one after the other; how many leading ones could be (it stops at the first that cannot)."""
+        return self._tree.extend_many(_array(leases, np.int64), num_tokens)
+
+    def seal(self, lease: int, tokens: Sequence[int], computed: int) -> int:
+        """Close the step: a node with these tokens, the first `computed` of them written, held once for the caller.
+
+        There must be room for the tokens; spare blocks are freed. If the parent has that child already, the lease's blocks
+        are all freed and the child is returned as it is, with its own `computed`. The lease is gone either way.
+        """
+        return self._tree.seal(lease, tokens, computed)
+
+    def release(self, lease: int) -> None:
+        """Give up an open step and its blocks."""
+        self._tree.release(lease)
+
+    def lease_start(self, lease: int) -> int:
+        """Tokens on the path before the open step."""
+        return self._tree.lease_start(lease)
+
+    # Room
+
+    def evict(self, num_blocks: int) -> int:
+        """Free at least `num_blocks` blocks of idle nodes, or all there are; the blocks freed."""
+        return self._tree.evict(num_blocks)
+
+    def evict_all(self) -> int:
+        """Forget every idle node; the blocks freed."""
+        return self._tree.evict_all()
+
+    def counts(self) -> BlockCounts:
+        return BlockCounts(*self._tree.counts())
+
+    def check(self) -> None:
+        """Recount everything from scratch; RuntimeError with a sentence if the books are wrong. For tests: O(pool)."""
+        self._tree.check()
+
+    # Slots of whole batches, with the GIL released. slot = block * block_size + offset
+
+    def context_slots(self, handles: ArrayLike, is_lease: ArrayLike, lens: ArrayLike, out: np.ndarray | None = None) -> np.ndarray:
+        """The first `lens[b]` slots of each row's path, top first and the row's own tokens last; 0 beyond.
+
+        handles int64 [B], nodes, or leases where is_lease bool [B]; lens int32 [B], at most the path's length. Fills and
+        returns `out` int32 [B, C], by default a new one with C = max(lens). ValueError if a row asks for more than it has.
+        """
+        lens = _array(lens, np.int32)
+        if out is None:
+            out = np.empty((lens.size, lens.max(initial=0)), np.int32)
+        self._tree.context_slots(_array(handles, np.int64), _array(is_lease, np.bool_), lens, out)
+        return out
+
+    def write_slots(
+        self, handles: ArrayLike, is_lease: ArrayLike, starts: ArrayLike, counts: ArrayLike, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The slots of each row's own tokens [starts[b], starts[b] + counts[b]), row after row.
+
+        handles int64 [B], is_lease bool [B], starts and counts int32 [B]. Fills and returns `out` int64 [sum of counts], by
+        default a new one. ValueError if a row has no such tokens.
+        """
+        counts = _array(counts, np.int32)
+        if out is None:
+            out = np.empty(int(counts.sum()), np.int64)
+        self._tree.write_slots(_array(handles, np.int64), _array(is_lease, np.bool_), _array(starts, np.int32), counts, out)
+        return out
+
+
+def _array(values: ArrayLike, dtype: type) -> np.ndarray:
+    return np.ascontiguousarray(values, dtype)

@@ -1,0 +1,178 @@
+"""One decoder for many families: tensors in, hidden states out. What differs between families is in its DecoderSpec.
+
+Knows nothing of branches or text: which slot is whose is the layout's business, attention is the backend's.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention.base import AttentionBackend
+from ..kv.cache import KVCache
+from .spec import DecoderSpec
+
+# Rows of every deterministic GEMM. A whole number of vector registers for any column count, so that no element of a tile is
+# computed by the scalar tail of a vector loop, whose exp may differ in the last bit.
+ROW_TILE = 32
+# PyTorch splits element-wise work between threads from 32,768 elements on, at places that depend on the number of threads.
+UNSPLIT = 16_384
+ROTARY_BLOCK = 1024  # positions by which the rotary tables grow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    """One layer; d hidden, I intermediate. Fused matrices hold their parts one after the other along dimension 0."""
+
+    attention_norm: Tensor  # [d]
+    qkv: Tensor  # [(H + 2K) D, d]
+    qkv_bias: Tensor | None  # [(H + 2K) D]
+    out: Tensor  # [d, H D]
+    mlp_norm: Tensor  # [d]
+    gate_up: Tensor  # [2 I, d]
+    down: Tensor  # [d, I]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderWeights:
+    """All tensors of a decoder, in one dtype on one device."""
+
+    embedding: Tensor  # [V, d]
+    layers: list[LayerWeights]
+    norm: Tensor  # [d]
+    lm_head: Tensor | None  # [V, d]; the embedding itself where tied; None where the checkpoint has no use for it
+
+
+class Decoder:
+    """A decoder's forward, in inference only.
+
+    With `deterministic`, a row's bits depend on nothing but that row: all work outside attention is done on tiles of ROW_TILE
+    rows, zero-padded, so that every GEMM has the same shape whatever the batch. Attention must then be batch-invariant too
+    (`reference`). Bits may still differ between machines, numbers of threads, and versions of PyTorch.
+    """
+
+    def __init__(self, spec: DecoderSpec, weights: DecoderWeights, *, deterministic: bool = False) -> None:
+        self.spec, self.weights, self.deterministic = spec, weights, deterministic
+        self._rotary = _RotaryTables(spec, weights.embedding.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.embedding.device
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Tensor, positions: Tensor, *, cache: KVCache, backend: AttentionBackend, plan: Any,
+                read_at: Tensor) -> Tensor:  # fmt: skip
+        """Run T new tokens, store their keys and values, and return the final-normed hidden states at R of them.
+
+        token_ids, positions: int64 [T], in the order of the layout that `plan` was made from; read_at: int64 [R], indices into
+        them. Returns [R, d] in the decoder's dtype.
+        """
+        spec = self.spec
+        x = self.weights.embedding.index_select(0, token_ids)
+        cos, sin = (table.to(self.dtype) for table in self._rotary.at(positions))
+        for i, layer in enumerate(self.weights.layers):
+            q, k, v = self._by_rows(self._project, layer, x, cos, sin)
+            attended = backend.run(q, k, v, cache, i, plan)
+            (x,) = self._by_rows(self._mix, layer, x, attended.reshape(-1, spec.num_heads * spec.head_dim))
+        (hidden,) = self._by_rows(self._final, self.weights.norm, x.index_select(0, read_at))
+        return hidden
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, d] -> float32 [R, V]. Only for checkpoints with an lm_head."""
+        assert self.weights.lm_head is not None, f"{self.spec.architecture} has no vocabulary head"
+        (logits,) = self._by_rows(lambda weight, x: (F.linear(x, weight),), self.weights.lm_head, hidden)
+        return logits.float()
+
+    def _by_rows(self, work: Callable[..., tuple[Tensor, ...]], weights: Any, *rows: Tensor) -> tuple[Tensor, ...]:
+        return in_tiles(work, weights, *rows) if self.deterministic else work(weights, *rows)
+
+    def _project(self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, d]; cos, sin [T, D/2] -> q [T, H, D], k and v [T, K, D], q and k rotated to their positions."""
+        spec = self.spec
+        rotated = spec.num_heads + spec.num_kv_heads
+        qkv = F.linear(self._norm(x, layer.attention_norm), layer.qkv, layer.qkv_bias)
+        qkv = qkv.view(len(x), rotated + spec.num_kv_heads, spec.head_dim)
+        a, b = qkv[:, :rotated].chunk(2, dim=-1)
+        cos, sin = cos[:, None], sin[:, None]
+        qk = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        return qk[:, : spec.num_heads], qk[:, spec.num_heads :], qkv[:, rotated:]
+
+    def _mix(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> tuple[Tensor]:
+        """x [T, d], attended [T, H D] -> the layer's output [T, d]."""
+        x = x + F.linear(attended, layer.out)
+        gate, up = F.linear(self._norm(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
+        return (x + F.linear(self._silu(gate) * up, layer.down),)
+
+    def _final(self, weight: Tensor, x: Tensor) -> tuple[Tensor]:
+        return (self._norm(x, weight),)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm: the mean of squares in float32, rounded to the dtype before the weight is applied, as transformers rounds."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.spec.rms_norm_eps)
+        return weight * wide.to(x.dtype)
+
+    def _silu(self, gate: Tensor) -> Tensor:
+        if not self.deterministic:
+            return F.silu(gate)
+        pieces = [F.silu(piece) for piece in gate.float().contiguous().view(-1).split(UNSPLIT)]
+        return torch.cat(pieces).view(gate.shape).to(gate.dtype)
+
+
+class _RotaryTables:
+    """cos and sin by position, float32 [positions, D/2]. Built in blocks of one shape: an entry's bits depend on its position only."""
+
+    def __init__(self, spec: DecoderSpec, device: torch.device) -> None:
+        self._frequencies = rotary_frequencies(spec).to(device)
+        self._cos = self._sin = torch.empty(0, spec.head_dim // 2, device=device)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions int64 [T] -> cos, sin [T, D/2]."""
+        need = int(positions.max()) + 1 if len(positions) else 0
+        while len(self._cos) < need:
+            start = len(self._cos)
+            block = torch.arange(start, start + ROTARY_BLOCK, device=self._cos.device, dtype=torch.float32)
+            angles = block[:, None] * self._frequencies
+            self._cos, self._sin = torch.cat((self._cos, angles.cos())), torch.cat((self._sin, angles.sin()))
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
+
+def rotary_frequencies(spec: DecoderSpec) -> Tensor:
+    """Radians per position of each pair of a head's dimensions: theta^(-2i/D), stretched where the spec says so. float32 [D/2]."""
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+    frequencies = 1.0 / spec.rope_theta**exponents
+    if spec.rope_scaling is None:
+        return frequencies
+    s = spec.rope_scaling
+    wavelengths = 2 * math.pi / frequencies
+    keep = ((s.original_max / wavelengths - s.low) / (s.high - s.low)).clamp(0, 1)  # 0: stretched, 1: as it was
+    return (1 - keep) * frequencies / s.factor + keep * frequencies
+
+
+def in_tiles(work: Callable[..., tuple[Tensor, ...]], weights: Any, *rows: Tensor) -> tuple[Tensor, ...]:
+    """`work(weights, *rows)` on tiles of ROW_TILE rows, the last padded with zeros: a row's bits depend on that row alone.
+
+    rows: tensors [T, ...] of one T; `work` returns tensors [rows of a tile, ...] and treats every row alike.
+    """
+    count = len(rows[0])
+    if not count:
+        return work(weights, *rows)
+    tiles = [work(weights, *(_tile(r, start) for r in rows)) for start in range(0, count, ROW_TILE)]
+    return tuple(torch.cat(column)[:count] for column in zip(*tiles, strict=True))
+
+
+def _tile(rows: Tensor, start: int) -> Tensor:
+    """A fresh buffer even for a full tile: a matrix product's bits may hang on its operands' alignment."""
+    part = rows[start : start + ROW_TILE]
+    tile = rows.new_zeros(ROW_TILE, *rows.shape[1:])
+    tile[: len(part)] = part
+    return tile

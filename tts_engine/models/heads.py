@@ -1,0 +1,62 @@
+"""What a PRM reads a score with: one hidden state in, a probability out. float32, and no vocabulary is ever multiplied through.
+
+Always computed in tiles: a score does not depend on which other scores are read with it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .decoder import Decoder, in_tiles
+from .weights import Checkpoint
+
+
+class PairHead:
+    """Softmax of two vocabulary entries, the first one's share: sigmoid(h . (w_plus - w_minus)), one dot product."""
+
+    def __init__(self, plus_row: Tensor, minus_row: Tensor) -> None:
+        """plus_row, minus_row: [d], rows of the lm_head or of the tied embedding."""
+        self._difference = plus_row.float() - minus_row.float()
+
+    @classmethod
+    def of(cls, decoder: Decoder, *, plus_id: int, minus_id: int) -> "PairHead":
+        rows = decoder.weights.lm_head
+        assert rows is not None, f"{decoder.spec.architecture} has no vocabulary head"
+        return cls(rows[plus_id], rows[minus_id])
+
+    @torch.inference_mode()
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """hidden [R, d] -> float32 [R]."""
+        (scores,) = in_tiles(lambda difference, h: (torch.sigmoid((h.float() * difference).sum(-1)),), self._difference, hidden)
+        return scores
+
+
+class TwoClassHead:
+    """Linear, ReLU, Linear to (bad, good), softmax, the good one's share: Qwen2.5-Math-PRM's `score` module."""
+
+    def __init__(self, weight_0: Tensor, bias_0: Tensor, weight_2: Tensor, bias_2: Tensor) -> None:
+        """weight_0 [d, d], bias_0 [d], weight_2 [2, d], bias_2 [2]."""
+        self._weight, self._bias = weight_0.float(), bias_0.float()
+        # The softmax of two is the sigmoid of their difference: the two rows fold into one.
+        self._difference, self._offset = weight_2[1].float() - weight_2[0].float(), bias_2[1].float() - bias_2[0].float()
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, hidden_size: int, *, device: torch.device | str = "cpu") -> "TwoClassHead":
+        """Read `score.0` and `score.2`. Raises ModelError where they are missing or misshapen."""
+        d = hidden_size
+        shapes = {"score.0.weight": (d, d), "score.0.bias": (d,), "score.2.weight": (2, d), "score.2.bias": (2,)}
+        tensors = []
+        for name, shape in shapes.items():
+            tensors.append(torch.empty(shape, dtype=torch.float32, device=device))
+            checkpoint.read_into(name, tensors[-1])
+        return cls(*tensors)
+
+    @torch.inference_mode()
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """hidden [R, d] -> float32 [R]."""
+        (scores,) = in_tiles(self._read, self._weight, hidden)
+        return scores
+
+    def _read(self, weight: Tensor, hidden: Tensor) -> tuple[Tensor]:
+        inner = F.linear(hidden.float(), weight, self._bias).relu()
+        return (torch.sigmoid((inner * self._difference).sum(-1) + self._offset),)

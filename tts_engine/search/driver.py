@@ -1,0 +1,166 @@
+"""One search's generators, from the outside: what they ask now, and who goes on when an answer comes.
+
+Numbers the draws (rule 6 of the house); knows nothing of batches, models or other searches. The identity of a draw depends
+only on its parent, lane and number, never on the order in which asks are answered.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..branch import Branch, Lane, child_identity
+from .requests import Expand, Join, Program, Score
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draw:
+    """One step to be drawn after `branch`: its `draw`-th in `lane`. With `to_end`, and then on to the end of the trajectory."""
+
+    branch: Branch
+    lane: Lane
+    draw: int
+    identity: int
+    to_end: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ask:
+    """A program waits for this: draws to be made, or branches to be scored. Exactly one of the two is not empty."""
+
+    draws: tuple[Draw, ...] = ()
+    branches: tuple[Branch, ...] = ()
+
+    @property
+    def kind(self) -> Literal["expand", "score"]:
+        return "expand" if self.draws else "score"
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """A generator under way, and the place among its caller's results where its own belongs."""
+
+    program: Program
+    lane: Lane = ()
+    caller: "_Run | None" = None
+    place: int = 0
+    results: list[Any] = field(default_factory=list)  # of the Join it waits for
+    missing: int = 0  # how many of these are not in yet
+
+
+class Driver:
+    """Runs one program and, through Join, all those under it.
+
+    The program runs to its first requests at once. Then, until `done`: take `asks()`, and `answer()` each in any order.
+
+        driver = Driver(BestOfN(n=4).program(root))
+        while not driver.done:
+            for ask in driver.asks():
+                driver.answer(ask, draw(ask.draws) if ask.kind == "expand" else score(ask.branches))
+        driver.result  # the branches to vote on
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._drawn: Counter[tuple[int, Lane]] = Counter()
+        self._new: list[Ask] = []
+        self._waiting: dict[Ask, _Run] = {}
+        self._open: list[_Run] = []
+        self._result: list[Branch] | None = None
+        self._advance(self._opened(program), None)
+
+    @property
+    def done(self) -> bool:
+        return self._result is not None
+
+    @property
+    def result(self) -> list[Branch]:
+        """What the program returned: the branches to vote on."""
+        assert self._result is not None, "the search is not done: it still waits for answers"
+        return self._result
+
+    def asks(self) -> list[Ask]:
+        """What was asked since the last call, in the order asked. Each is answered exactly once."""
+        asks, self._new = self._new, []
+        return asks
+
+    def answer(self, ask: Ask, branches: Sequence[Branch]) -> None:
+        """Let the program that waits for `ask` go on: one branch per draw, or per branch to be scored, in the same order."""
+        assert ask in self._waiting, "this ask is not waiting: it was answered before, or belongs to another driver, or to a closed one"
+        _check_answer(ask, branches)
+        self._advance(self._waiting.pop(ask), list(branches))
+
+    def next_draw(self, branch: Branch, lane: Lane, to_end: bool = False) -> Draw:
+        """The next unused draw after `branch` in `lane`; numbers are given here only, and never again within a search.
+
+        For a draw with `to_end` the caller takes each later step of the trajectory from here too, with the draw's lane.
+        """
+        assert not branch.finished, f"a branch that ended with {branch.finish} cannot be expanded"
+        number = self._drawn[branch.identity, lane]
+        self._drawn[branch.identity, lane] += 1
+        return Draw(branch, lane, number, child_identity(branch.identity, lane, number), to_end)
+
+    def close(self) -> None:
+        """Abandon the search: close every generator under way, callees first. A finished search is left as it is."""
+        for run in reversed(self._open):
+            run.program.close()
+        self._open, self._new, self._waiting = [], [], {}
+
+    def _advance(self, run: _Run, value: list[Any] | None) -> None:
+        """Resume `run` with `value` and whatever can go on because of it, first sub-program first, until all wait."""
+        ready: list[tuple[_Run, list[Any] | None]] = [(run, value)]
+        while ready:
+            run, value = ready.pop()
+            try:
+                request = next(run.program) if value is None else run.program.send(value)
+            except StopIteration as stop:
+                ready += self._returned(run, stop.value)
+            else:
+                ready += self._requested(run, request)
+
+    def _requested(self, run: _Run, request: Expand | Score | Join) -> list[tuple[_Run, list[Any] | None]]:
+        """Note what `run` asks; returns who can go on at once, last first."""
+        if isinstance(request, Join):
+            programs = request.programs
+            run.results, run.missing = [None] * len(programs), len(programs)
+            subs = [self._opened(p, (*run.lane, j), run, j) for j, p in enumerate(programs)]
+            return [(sub, None) for sub in reversed(subs)] or [(run, [])]
+        assert isinstance(request, Expand | Score), f"a program may ask Expand, Score or Join, not {request!r}"
+        if not request.branches:
+            return [(run, [])]
+        if isinstance(request, Expand):
+            ask = Ask(draws=tuple(self.next_draw(branch, run.lane, request.to_end) for branch in request.branches))
+        else:
+            ask = Ask(branches=tuple(request.branches))
+        self._new.append(ask)
+        self._waiting[ask] = run
+        return []
+
+    def _returned(self, run: _Run, result: list[Branch]) -> list[tuple[_Run, list[Any] | None]]:
+        """Hand a finished program's result to its caller; returns the caller once it has all."""
+        assert isinstance(result, list), f"a program must return a list of branches, not {result!r}"
+        self._open.remove(run)
+        caller = run.caller
+        if caller is None:
+            self._result = result
+            return []
+        caller.results[run.place] = result
+        caller.missing -= 1
+        return [(caller, caller.results)] if caller.missing == 0 else []
+
+    def _opened(self, program: Program, lane: Lane = (), caller: _Run | None = None, place: int = 0) -> _Run:
+        run = _Run(program, lane, caller, place)
+        self._open.append(run)
+        return run
+
+
+def _check_answer(ask: Ask, branches: Sequence[Branch]) -> None:
+    asked = ask.draws or ask.branches
+    assert len(branches) == len(asked), f"an ask of {len(asked)} was answered with {len(branches)} branches"
+    for wanted, branch in zip(ask.draws, branches):
+        if wanted.to_end:
+            assert branch.finished, "a trajectory drawn to its end has not ended"
+        else:
+            assert branch.identity == wanted.identity, "a child does not carry the identity of its draw"
+    for unscored, branch in zip(ask.branches, branches):
+        assert branch.identity == unscored.identity, "a scored branch is not the one asked for at its place"
+        assert None not in branch.scores, "a scored branch has a step without a score"

@@ -1,0 +1,48 @@
+"""Answers to one answer: majority, the best trajectory's, or a vote weighted by scores.
+
+Answers are any hashable values; the caller has already mapped equal answers to equal values (exact string or canonical form).
+None and "" mean that a trajectory holds no answer. Such a trajectory takes no part, whatever its weight; where none holds an
+answer, or there is no trajectory, the outcome is None. Of tied answers the one seen first wins.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+
+from .ranking import AGGREGATES, aggregate
+
+
+def vote(answers: Sequence[Hashable], weights: Sequence[float]) -> Hashable:
+    """The answer with the largest sum of weights (PRM-Vote). Sums are exact, so order decides nothing but ties."""
+    groups: dict[Hashable, list[float]] = {}
+    for answer, weight in _present(answers, weights):
+        groups.setdefault(answer, []).append(weight)
+    return max(groups, key=lambda answer: math.fsum(groups[answer]), default=None)
+
+
+def majority(answers: Sequence[Hashable]) -> Hashable:
+    """The answer given most often."""
+    return vote(answers, [1.0] * len(answers))
+
+
+def best(answers: Sequence[Hashable], weights: Sequence[float]) -> Hashable:
+    """The answer of the trajectory with the largest weight (PRM-Max)."""
+    return max(_present(answers, weights), key=lambda pair: pair[1], default=(None, 0.0))[0]
+
+
+def all_aggregates(answers: Sequence[Hashable], scores: Sequence[tuple[float, ...]] | None) -> dict[str, Hashable]:
+    """Every way to choose at once: "majority", and with step scores also "{last,min,mean}_{max,vote}".
+
+    answers[i] and scores[i] (one number a step) belong to trajectory i. `scores` is None where no PRM took part.
+    """
+    outcomes = {"majority": majority(answers)}
+    if scores is None:
+        return outcomes
+    for by in AGGREGATES:
+        weights = [aggregate(path, by) for path in scores]
+        outcomes[f"{by}_max"] = best(answers, weights)
+        outcomes[f"{by}_vote"] = vote(answers, weights)
+    return outcomes
+
+
+def _present(answers: Sequence[Hashable], weights: Sequence[float]) -> list[tuple[Hashable, float]]:
+    return [(answer, weight) for answer, weight in zip(answers, weights, strict=True) if answer is not None and answer != ""]

@@ -1,0 +1,164 @@
+"""Problems with known answers: the tasks by name, and any JSONL file with problem and answer fields.
+
+A file is read and checked whole before its first problem is given out; what is wrong is named by line.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tts_engine.errors import TaskError
+from tts_engine.tasks.programs import SPLIT_SIZES, Program, split_programs
+
+BOXED_SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
+LONGEST_LINE = 4 << 20  # bytes
+
+DEFAULT_SPLIT = "test"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One problem; its text is the user's message as it stands. `program` is what an embedded problem was made from."""
+
+    id: str
+    problem: str
+    answer: str
+    level: int | str | None = None
+    program: Program | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Where problems come from and how a policy is addressed: `load` takes a split, `system` is None for no system message."""
+
+    name: str
+    system: str | None
+    load: Callable[[str], list[Problem]]
+
+
+def load_task(name_or_path: str | Path, split: str = DEFAULT_SPLIT, limit: int | None = None) -> list[Problem]:
+    """The first `limit` problems (None: all) of a task or a JSONL file; the whole is checked either way.
+
+    Raises TaskError for an unknown name or split, and for a file or line that cannot be used; ValueError for limit < 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1")
+    return find_task(name_or_path).load(split)[:limit]
+
+
+def find_task(name_or_path: str | Path) -> Task:
+    """A task by its name in TASKS, or the JSONL file at a path. Raises TaskError where it is neither."""
+    if str(name_or_path) in TASKS:
+        return TASKS[str(name_or_path)]
+    if os.path.isfile(name_or_path):
+        path = Path(name_or_path)
+        return Task(path.stem, BOXED_SYSTEM, partial(_load_jsonl, path))
+    reason = "is a directory" if os.path.isdir(name_or_path) else "is no task and no file"
+    known = ", ".join(sorted(TASKS))
+    raise TaskError(f"{name_or_path} {reason}; known: {known}, or the path of a JSONL file with problem and answer fields")
+
+
+def _load_embedded(split: str) -> list[Problem]:
+    if split not in SPLIT_SIZES:
+        raise TaskError(f"the embedded task has no split {split!r}; known: {', '.join(SPLIT_SIZES)}")
+    return [
+        Problem(f"embedded-{split}-{number:04d}", program.text, str(program.answer), program.level, program)
+        for number, program in enumerate(split_programs(split), start=1)
+    ]
+
+
+TASKS = {task.name: task for task in (Task("embedded", None, _load_embedded),)}
+
+
+def _load_jsonl(path: Path, split: str) -> list[Problem]:
+    if split != DEFAULT_SPLIT:
+        raise TaskError(f"{path} is one file without splits: split={split!r} cannot be taken from it")
+    problems: list[Problem] = []
+    line_of: dict[str, int] = {}
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
+                try:
+                    problem = _read_line(line, f"{path.stem}-{number}")
+                    if problem is None:
+                        continue
+                    if line_of.setdefault(problem.id, number) != number:
+                        raise ValueError(f"id {problem.id!r} is that of line {line_of[problem.id]}")
+                except ValueError as error:
+                    raise TaskError(f"{path} line {number}: {error}") from None
+                problems.append(problem)
+    except OSError as error:
+        raise TaskError(f"{path} cannot be read: {error.strerror}") from error
+    if not problems:
+        raise TaskError(f"{path} holds no problems")
+    return problems
+
+
+def _read_line(line: bytes, default_id: str) -> Problem | None:
+    """The problem of one line, None for a blank one. Raises ValueError with what is wrong."""
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"longer than {LONGEST_LINE >> 20} MiB")
+    try:
+        text = line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start + 1}") from None
+    if not text.strip():
+        return None
+    try:
+        record = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON {_json_type(record)} where an object was expected")
+    return Problem(
+        id=_text(record, ["id"], numbers=True) if record.get("id") is not None else default_id,
+        problem=_text(record, ["problem", "question"]),
+        answer=_text(record, ["answer"], numbers=True),
+        level=_level(record.get("level")),
+    )
+
+
+def _text(record: dict[str, object], names: list[str], numbers: bool = False) -> str:
+    """The first of the fields `names` that is there, as text; with `numbers`, a JSON number passes as its decimal text."""
+    name = next((name for name in names if name in record), None)
+    if name is None:
+        raise ValueError(f"no field {' or '.join(map(repr, names))}; it has {', '.join(map(repr, record)) or 'none'}")
+    value = record[name]
+    if numbers and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"field {name!r} is a JSON {_json_type(value)}, not a {'string or finite number' if numbers else 'string'}")
+    if not value.strip():
+        raise ValueError(f"field {name!r} is blank")
+    _refuse_surrogates(name, value)
+    return value
+
+
+def _level(value: object) -> int | str | None:
+    if isinstance(value, bool) or not isinstance(value, int | str | None):
+        raise ValueError(f"field 'level' is a JSON {_json_type(value)}, not an integer or a string")
+    if isinstance(value, str):
+        _refuse_surrogates("level", value)
+    return value
+
+
+def _refuse_surrogates(name: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"field {name!r} has half a surrogate pair at character {error.start + 1}: no tokenizer can read it") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _json_type(value: object) -> str:
+    names = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array", dict: "object"}
+    return names[type(value)]
