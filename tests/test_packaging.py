@@ -15,15 +15,20 @@ CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#")
 
 
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
 def test_py_typed_ships():
     assert (ROOT / "tts_engine" / "py.typed").is_file()
     assert "py.typed" in CONFIG["tool"]["setuptools"]["package-data"]["tts_engine"]
 
 
 def test_help_imports_no_torch():
-    out = subprocess.run([sys.executable, "-X", "importtime", "-m", "tts_engine", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert out.returncode == 0 and "usage" in out.stdout.lower(), out.stderr[-2000:]
-    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in out.stderr.splitlines() if line.startswith("import time:")}
+    out = python("-X", "importtime", "-m", "tts_engine", "--help")
+    assert out.returncode == 0 and "usage" in out.stdout.lower(), out.stderr.splitlines()[-1]
+    timed = [line for line in out.stderr.splitlines() if line.startswith("import time:")]
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in timed}
     assert "tts_engine" in imported
     assert not imported & {"torch", "transformers"}
 
@@ -36,7 +41,7 @@ def test_the_build_needs_setuptools_and_pybind11_only():
 
 def test_the_extension_says_how_to_build_it_where_it_is_missing():
     command = "import sys; sys.modules['tts_engine._C'] = None; import tts_engine.kv.tree"
-    out = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True)
+    out = python("-c", command)
     assert out.returncode != 0 and "pip install -e ." in out.stderr.splitlines()[-1]
 
 

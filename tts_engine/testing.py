@@ -3,8 +3,10 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .branch import Branch, Finish, root_branch
+from .search import Method
 from .search.driver import Draw, Driver
 from .search.requests import Program
 
@@ -85,7 +87,7 @@ def play(
 
 
 def play_method(
-    method, policy: StepRule, prm: Callable[[Branch], float], **how: bool
+    method: Method, policy: StepRule, prm: Callable[[Branch], float], **how: bool
 ) -> tuple[list[Branch], list[list[Expanded]]]:
     """`play` for a method, from an empty prompt."""
     return play(method.program(root_branch(())), policy, prm, method.max_steps, **how)
@@ -114,3 +116,80 @@ def _scored(branch: Branch, prm: Callable[[Branch], float]) -> Branch:
     if parent is branch.parent and branch.score is not None:
         return branch
     return replace(branch, parent=parent, score=prm(branch) if branch.score is None else branch.score)
+
+
+# --- small random checkpoints, and forwards laid out by hand -------------------------------------------------------------
+
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 32}  # fmt: skip
+
+
+def random_model(family: str, *, seed: int = 0, **sizes: Any) -> Any:
+    """A transformers model of the family ("llama" or "qwen2"), float32, seeded, with every tensor random, biases and norms too.
+
+    sizes: fields of the family's config that should differ from a tiny one's.
+    """
+    import torch
+    import transformers
+
+    classes = {"llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+               "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM)}  # fmt: skip
+    config_class, model_class = classes[family]
+    tiny = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False}  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model_class(config_class(**tiny | sizes)).eval()
+        with torch.no_grad():
+            for name, tensor in model.named_parameters():
+                if "norm" in name:
+                    tensor.uniform_(0.5, 1.5)
+                elif name.endswith("bias"):
+                    tensor.normal_(std=0.5)
+                else:
+                    tensor.normal_(std=1.0 if "embed" in name else tensor.shape[1] ** -0.5)
+    return model
+
+
+def flat_layout(slots: Sequence[Sequence[int]], new: Sequence[int]) -> Any:
+    """A BatchLayout written out: row b is the path that lies in slots[b], of which the last new[b] tokens are computed now."""
+    import numpy as np
+
+    from .attention.base import BatchLayout
+
+    lens = np.array([len(path) for path in slots], np.int32)
+    context = np.zeros((len(slots), lens.max()), np.int32)
+    for b, path in enumerate(slots):
+        context[b, : len(path)] = path
+    starts = [length - count for length, count in zip(lens, new, strict=True)]
+    return BatchLayout(
+        positions=np.concatenate([np.arange(start, length) for start, length in zip(starts, lens, strict=True)]).astype(np.int64),
+        write_slots=np.concatenate([path[start:] for path, start in zip(slots, starts, strict=True)]).astype(np.int64),
+        row_starts=np.concatenate([[0], np.cumsum(new)]).astype(np.int32),
+        context_slots=context,
+        context_lens=lens,
+    )
+
+
+def poisoned_cache(spec: Any, num_slots: int, dtype: Any = None) -> Any:
+    """A KVCache of NaN: whoever reads a slot that nobody wrote shows it in every output that it touches."""
+    import torch
+
+    from .kv.cache import KVCache
+
+    cache = KVCache(num_layers=spec.num_layers, num_blocks=num_slots, block_size=1, num_kv_heads=spec.num_kv_heads,
+                    head_dim=spec.head_dim, dtype=dtype or torch.float32)  # fmt: skip
+    cache.k.fill_(torch.nan)
+    cache.v.fill_(torch.nan)
+    return cache
+
+
+def run_rows(decoder: Any, backend: Any, cache: Any, slots: Sequence[Sequence[int]], new: Sequence[int],
+             tokens: Sequence[Sequence[int]]) -> Any:  # fmt: skip
+    """One forward of `flat_layout(slots, new)`; tokens[b] are the whole path's ids. Hidden states [sum(new), d] of all new tokens."""
+    import torch
+
+    layout = flat_layout(slots, new)
+    ids = torch.tensor([t for path, count in zip(tokens, new, strict=True) for t in path[len(path) - count :]])
+    return decoder.forward(ids, torch.from_numpy(layout.positions), cache=cache, backend=backend, plan=backend.plan(layout),
+                           read_at=torch.arange(len(ids)))  # fmt: skip

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -13,39 +12,38 @@ from tts_engine.errors import ModelError
 from tts_engine.prm.families import FAMILIES, QWEN_MARKER, QWEN_SYSTEM, SHEPHERD_TAG, recognise
 from tts_engine.prm.spec import TokenPair, TwoClassHead
 
-TOKENIZERS = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
 EXTRA_0, TAG, PLUS, MINUS, LINE_END, SPACE = 151651, 12902, 648, 387, 13, 28705  # of the real vocabularies
 HEAD = sorted(TwoClassHead().tensors)
 BODY = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
 
 # Text as models write it, and as they should not: spaces of all kinds, markers, special tokens, other scripts.
-pieces = st.sampled_from([" ", "  ", "\n", "\n\n", "\t", "\u2028", "\u00a0", "\u2581", "- 5", "+", "1", "12", "Step 1: ", "x=\\frac{1}{2}", "$", ".",
-                          "'s", "é", "e\u0301", "\u0301", "字", "😶\u200d🌫️", "ки", " ки", "ки\n", QWEN_MARKER, "<|im_end|>", "<|im_start|>", "</s>",
-                          "<s>", "<0x0A>", "<|endoftext|>", "\ue000", "\x00"])  # fmt: skip
-texts = st.lists(pieces, max_size=8).map("".join) | st.text(max_size=12)
+PIECES = [
+    *[" ", "  ", "\n", "\n\n", "\t", "\u2028", "\u00a0", "- 5", "+", "1", "12", "Step 1: ", "x=\\frac{1}{2}", "$", ".", "'s"],
+    *["é", "e\u0301", "\u0301", "字", "😶\u200d🌫️", "\x00", "\ue000", "\u2581", "ки", " ки", "ки\n", QWEN_MARKER],
+    *["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<s>", "</s>", "<0x0A>"],
+]
+texts = st.lists(st.sampled_from(PIECES), max_size=8).map("".join) | st.text(max_size=12)
 plain_texts = texts.filter(lambda text: not any(mark in text for mark in ("ки", "<", "\u2581")))
 problems = st.sampled_from(["What is 1 + 1?", "", "\n\n x", "a=1;b=2;b?", "  Find $x$. \n"]) | texts
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def load(directory: Path):
+def load(directory):
     from transformers import AutoTokenizer
 
-    if not directory.is_dir():
-        pytest.skip(f"the real tokenizers are not beside this checkout ({directory.name})")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return AutoTokenizer.from_pretrained(directory)
 
 
 @pytest.fixture(scope="module")
-def qwen():
-    return load(TOKENIZERS / "qwen2.5-math-prm")
+def qwen(shared):
+    return load(shared / "tokenizers" / "qwen2.5-math-prm")
 
 
 @pytest.fixture(scope="module")
-def mistral():
-    return load(TOKENIZERS / "mistral-7b-v0.1")
+def mistral(shared):
+    return load(shared / "tokenizers" / "mistral-7b-v0.1")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +60,13 @@ def bound(request):
     tokenizer = request.getfixturevalue("embedded" if own else {"qwen2.5-math-prm": "qwen", "math-shepherd": "mistral"}[family])
     marker = {"qwen2.5-math-prm": QWEN_MARKER, "math-shepherd": SHEPHERD_TAG}[family]
     return FAMILIES[family].bind(tokenizer), tokenizer.encode(marker, add_special_tokens=False)[-1]
+
+
+@pytest.fixture(scope="module")
+def benchmark_paths(shared):
+    """(problem, steps) of public worked solutions, split at blank lines."""
+    lines = (shared / "benchmarks" / "math500.jsonl").read_text(encoding="utf-8").splitlines()
+    return [(row["problem"], row["solution"].split("\n\n")) for row in map(json.loads, lines[:60])]
 
 
 # Every family.
@@ -117,9 +122,9 @@ def test_qwen_ids_are_the_whole_chat_up_to_the_last_marker(qwen, problem, steps)
     assert positions == [i for i, token in enumerate(whole) if token == EXTRA_0]
 
 
-def test_qwen_reads_benchmark_solutions_as_the_whole_chat(qwen):
+def test_qwen_reads_benchmark_solutions_as_the_whole_chat(qwen, benchmark_paths):
     spec = FAMILIES["qwen2.5-math-prm"].bind(qwen)
-    for problem, steps in benchmark_paths():
+    for problem, steps in benchmark_paths:
         ids, positions = spec.render(problem, steps)
         assert chat(qwen, problem, steps)[: len(ids)] == ids
         assert [ids[position] for position in positions] == [EXTRA_0] * len(steps)
@@ -175,9 +180,9 @@ def test_shepherd_ids_are_those_of_the_whole_string(mistral, embedded, problem, 
         assert ids == tokenizer.encode(whole_string(problem, steps))
 
 
-def test_shepherd_reads_benchmark_solutions_as_the_whole_string(mistral):
+def test_shepherd_reads_benchmark_solutions_as_the_whole_string(mistral, benchmark_paths):
     spec = FAMILIES["math-shepherd"].bind(mistral)
-    for problem, steps in benchmark_paths():
+    for problem, steps in benchmark_paths:
         ids, positions = spec.render(problem, steps)
         assert ids == mistral.encode(whole_string(problem, steps))
         assert [ids[position] for position in positions] == [TAG] * len(steps)
@@ -201,7 +206,7 @@ def test_shepherd_has_one_bos_at_the_very_start(mistral):
 def test_a_tag_written_by_a_model_is_the_same_text_in_other_tokens(mistral):
     spec = FAMILIES["math-shepherd"].bind(mistral)
     ids = spec.step("so ки then", False)
-    assert ids.count(TAG) == 1
+    assert ids.count(TAG) == 1 and ids[-2] == TAG
     assert mistral.decode(ids) == mistral.decode(mistral.encode("\nso ки then ки\n", add_special_tokens=False)).lstrip("\n")
 
 
@@ -210,6 +215,15 @@ def test_a_tokenizer_that_cannot_write_the_markers_is_refused(qwen, mistral):
         FAMILIES["qwen2.5-math-prm"].bind(mistral)
     with pytest.raises(ModelError, match="writes 'ки' behind a step as token"):
         FAMILIES["math-shepherd"].bind(qwen)
+
+
+def test_a_marker_that_is_an_unknown_word_is_refused():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    blank = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, unk_token="?")), unk_token="?")
+    with pytest.raises(ModelError, match="'ки' is one token; this one writes .0. .unknown."):
+        FAMILIES["math-shepherd"].bind(blank)
 
 
 # The embedded tokenizer.
@@ -245,9 +259,9 @@ def test_embedded_ids_are_those_of_the_whole_text(embedded, problem, steps):
         ({"architectures": ["MistralForCausalLM"]}, iter(BODY), "math-shepherd", "math-shepherd"),
         ({"architectures": ["MistralForCausalLM"], "prm_family": None}, BODY, "math-shepherd", "math-shepherd"),
         ({"prm_family": "qwen2.5-math-prm"}, BODY[:2] + HEAD, "math-shepherd", "has score.0.bias"),
-        ({"architectures": ["LlamaForCausalLM"]}, BODY, None, "cannot be recognised as a PRM.*--prm-family.*math-shepherd, qwen2.5-math-prm"),
+        ({"architectures": ["LlamaForCausalLM"]}, BODY, None, "cannot be recognised.*--prm-family .known: math-shepherd, qwen"),
         ({}, BODY, None, "no architecture"),
-        ({"architectures": ["LlamaForCausalLM"]}, BODY, "shepherd", "no PRM family 'shepherd'; known: math-shepherd, qwen2.5-math-prm"),
+        ({"architectures": ["LlamaForCausalLM"]}, BODY, "shepherd", "no PRM family 'shepherd'; known: math-shepherd, qwen"),
         ({"prm_family": ["math-shepherd"]}, BODY, None, "no PRM family"),
         ({"prm_family": ""}, BODY, None, "no PRM family ''"),
         ({"architectures": ["Qwen2ForCausalLM"]}, BODY, "qwen2.5-math-prm", "has none, and the family has score.0.bias"),
@@ -263,13 +277,3 @@ def test_a_family_is_read_from_config_and_tensors(config, tensors, override, fam
     else:
         with pytest.raises(ModelError, match=family):
             recognise(config, tensors, override)
-
-
-def benchmark_paths(limit: int = 60):
-    """(problem, steps) of public worked solutions, split at blank lines; texts that hold a marker are not among them."""
-    path = TOKENIZERS.parent / "benchmarks" / "math500.jsonl"
-    files = [path] if path.is_file() else sorted(path.parent.glob("*[mM][aA][tT][hH]*500*.jsonl"))
-    if not files:
-        pytest.skip("the benchmark problems are not beside this checkout")
-    rows = [json.loads(line) for line in files[0].read_text(encoding="utf-8").splitlines()[:limit]]
-    return [(row["problem"], row["solution"].split("\n\n")) for row in rows]

@@ -39,7 +39,7 @@ def test_paper_finished_branches_compete_and_all_of_them_are_voted():
 
 
 def test_paper_a_finished_survivor_can_be_outdone_by_live_candidates():
-    # n = 2, width = 2, one survivor: a. leads round 1 and ends the search; with a lower score b goes on, and a. is voted all the same
+    # n = 2, width = 2, one survivor. With .6 a. leads round 1 and ends the search; with .4 b goes on, and a. is voted all the same.
     steps = {"": "a. b", "b": "c. d."}
     scores = {"a.": 0.6, "b": 0.5, "bc.": 0.9, "bd.": 0.1}
     assert run(BeamSearch(n=2, width=2), steps, scores) == (["a."], [["", ""]])
@@ -72,7 +72,8 @@ def test_reference_drops_duplicates_and_truncated_steps_and_closes_a_childless_p
 
 
 def test_reference_keeps_truncated_first_steps_where_there_is_nothing_else():
-    voted, parents = run(BeamSearch(n=4, width=2, rules=REFERENCE), {"": "a~ b~ c~ d~"}, {"a~": 0.1, "b~": 0.4, "c~": 0.2, "d~": 0.3})
+    scores = {"a~": 0.1, "b~": 0.4, "c~": 0.2, "d~": 0.3}
+    voted, parents = run(BeamSearch(n=4, width=2, rules=REFERENCE), {"": "a~ b~ c~ d~"}, scores)
     assert voted == ["b~", "d~"]
     assert len(parents) == 1
 
@@ -96,13 +97,9 @@ def test_sal_finished_branches_leave_and_the_pool_is_refilled():
 
 
 def test_sal_refill_gives_the_rest_of_an_uneven_division_to_the_better_survivors():
-    # n = 6, width = 2, three survivors wanted but only two are unfinished; then one draw more than twice two
-    steps = {"": "a b c. d. e. f.", "a": "g. h. i.", "b": "g. h. i."}
-    scores = {"a": 0.1, "b": 0.2} | {s + ".": 0.5 for s in ["c", "d", "e", "f"]} | {x + y: 0.3 for x in "ab" for y in ["g.", "h.", "i."]}
-    _, parents = run(BeamSearch(n=6, width=2, rules=SAL), steps, scores)
-    assert parents[1] == ["b", "b", "b", "a", "a", "a"]
-    steps |= {"": "a b c d. e.", "a": "g. h.", "b": "g. h.", "c": "g."}
-    scores |= {"c": 0.05} | {"cg.": 0.3}
+    # n = 5, width = 1: five survivors wanted, three are unfinished; 5 draws for b .3, a .2, c .1 in this order: 2, 2, 1
+    steps = {"": "a b c d. e.", "a": "g. h.", "b": "g. h.", "c": "g."}
+    scores = {"a": 0.2, "b": 0.3, "c": 0.1, "d.": 0.5, "e.": 0.5} | dict.fromkeys(["ag.", "ah.", "bg.", "bh.", "cg."], 0.4)
     _, parents = run(BeamSearch(n=5, width=1, rules=SAL), steps, scores)
     assert parents[1] == ["b", "b", "a", "a", "c"]
 
@@ -149,18 +146,23 @@ def test_of_equal_scores_the_earlier_draw_survives():
     assert run(BeamSearch(n=4, width=2), steps, scores)[1][1] == ["a", "a", "b", "b"]
 
 
-def test_another_aggregate_selects_other_branches():
-    steps = {"": "a b", "a": "c d", "b": "c d", "ac": "x. x.", "bc": "x. x."}
-    scores = {"a": 0.2, "b": 0.1, "ac": 0.9, "ad": 0.1, "acx.": 0.1}
-    for by, ref in [("last", ["ac", "ac"]), ("min", ["ac", "ac"])]:
-        assert run(BeamSearch(n=2, width=2, rules=replace(PAPER, selects_by=by)), steps, scores)[1][2] == ref
-    # one survivor of a finished .5 (steps .5) and a live .9 whose weakest step is .2: "last" goes on, "min" stops
-    steps, scores = {"": "a b.", "a": "c d", "ac": "x. x."}, {"a": 0.6, "b.": 0.5, "ac": 0.9, "ad": 0.1, "acx.": 0.1}
-    scores["a"] = 0.55
-    assert len(run(BeamSearch(n=2, width=2), steps, scores)[1]) == 3
-    scores["ac"] = 0.3
-    assert len(run(BeamSearch(n=2, width=2), steps, scores)[1]) == 2
-    assert len(run(BeamSearch(n=2, width=2, rules=replace(PAPER, selects_by="mean")), steps, scores | {"a": 0.9})[1]) == 3
+def test_of_a_finished_branch_and_an_equal_later_candidate_the_finished_one_survives():
+    # n = 2, width = 2, one survivor: round 2 has b. .5 from round 1 and ac .5, so the search ends there
+    steps, scores = {"": "a b.", "a": "c d"}, {"a": 0.6, "b.": 0.5, "ac": 0.5, "ad": 0.1}
+    assert run(BeamSearch(n=2, width=2), steps, scores) == (["b."], [["", ""], ["a", "a"]])
+
+
+@pytest.mark.parametrize(("by", "ref"), [("last", "by"), ("min", "cz"), ("mean", "ax")])
+def test_the_aggregate_in_the_rules_selects(by, ref):
+    # n = 3, width = 1: three paths side by side; the best is listed first in round 3.
+    #        steps     last  min   mean
+    # ax     .9  .6    .6    .6    .75
+    # by     .4  .8    .8    .4    .6
+    # cz     .7  .65   .65   .65   .675
+    steps = {"": "a b c", "a": "x", "b": "y", "c": "z", "ax": ".", "by": ".", "cz": "."}
+    scores = {"a": 0.9, "b": 0.4, "c": 0.7, "ax": 0.6, "by": 0.8, "cz": 0.65, "ax.": 0.0, "by.": 0.0, "cz.": 0.0}
+    _, parents = run(BeamSearch(n=3, width=1, rules=replace(PAPER, selects_by=by)), steps, scores)
+    assert parents[2][0] == ref
 
 
 def test_n_must_be_a_multiple_of_width():

@@ -1,5 +1,7 @@
 """Hand-worked traces of two subtrees per preset, and what lanes promise about the subtrees' draws."""
 
+from dataclasses import replace
+
 import pytest
 
 from tts_engine.search import PAPER, REFERENCE, SAL, Dvts
@@ -36,8 +38,6 @@ def test_what_is_voted(rules, ref):
 
 
 def test_a_sal_subtree_whose_children_are_all_dropped_ends_with_their_parent():
-    from dataclasses import replace
-
     rules = replace(SAL, drop_truncated=True)
     method = Dvts(n=2, width=2, rules=rules)
     result, _ = play_method(method, scripted_policy({"": "a b", "b": "c~ d~"}), scripted_prm({"a": 0.1, "b": 0.2}))

@@ -19,7 +19,7 @@ def test_the_presets_are_the_table_of_the_three_readings():
 def test_a_preset_may_be_changed_setting_by_setting():
     assert make_rules("sal", temperature=0.6) == make_rules(SAL, temperature=0.6)
     assert make_rules("sal", temperature=0.6).finished == "refill"
-    assert make_rules("reference") is REFERENCE or make_rules("reference") == REFERENCE
+    assert make_rules("reference") == REFERENCE
 
 
 @pytest.mark.parametrize(

@@ -46,34 +46,19 @@ def test_any_hashable_answer_can_be_voted():
 
 
 def test_all_seven_aggregates_worked_by_hand():
-    # answer  steps           last  min   mean
-    # A       .9 .1 .80       .80   .10   .60
-    # B       .70 .70         .70   .70   .70
-    # B       .2 .15          .15   .15   .175
-    # C       .5 .6 .65       .65   .50   .5833
-    # C       .10 .20         .20   .10   .15
-    # D       .90 .30 .45     .45   .30   .55
-    answers = ["A", "B", "B", "C", "C", "D"]
-    scores = [(0.9, 0.1, 0.8), (0.7, 0.7), (0.2, 0.15), (0.5, 0.6, 0.65), (0.1, 0.2), (0.9, 0.3, 0.45)]
+    # answer  steps       last  min   mean
+    # A       .1 .95      .95   .1    .525
+    # B       .5 .6       .6    .5    .55
+    # B       .3 .5       .5    .3    .4
+    # C       .8 .7       .7    .7    .75
+    # D       .1 .4       .4    .1    .25      D has the most trajectories and no weight
+    # D       .1 .1       .1    .1    .1
+    # D       .1 .1       .1    .1    .1
+    # sums: last A .95  B 1.1  C .7  D .6 | min A .1  B .8  C .7  D .3 | mean A .525  B .95  C .75  D .45
+    answers = ["A", "B", "B", "C", "D", "D", "D"]
+    scores = [(0.1, 0.95), (0.5, 0.6), (0.3, 0.5), (0.8, 0.7), (0.1, 0.4), (0.1, 0.1), (0.1, 0.1)]
     assert all_aggregates(answers, scores) == {
-        "majority": "B",  # 2, C also 2, B seen first
-        "last_max": "A",  # .80
-        "last_vote": "B",  # A .80, B .85, C .85: equal within rounding, see below
-        "min_max": "B",  # .70
-        "min_vote": "B",  # B .85, C .60
-        "mean_max": "B",  # .70
-        "mean_vote": "B",  # B .875, C .733
-    }
-
-
-def test_each_aggregate_can_choose_an_answer_of_its_own():
-    # answer  steps        last  min  mean
-    # A       .95          -> makes max and vote differ: one strong trajectory against several weaker ones
-    answers = ["A", "B", "B", "C"]
-    scores = [(0.1, 0.95), (0.5, 0.6), (0.5, 0.5), (0.8, 0.7)]
-    #             last: A .95 B .6 .5 C .7 | min: A .1 B .5 .5 C .7 | mean: A .525 B .55 .5 C .75
-    assert all_aggregates(answers, scores) == {
-        "majority": "B",
+        "majority": "D",
         "last_max": "A",
         "last_vote": "B",
         "min_max": "C",
@@ -81,6 +66,12 @@ def test_each_aggregate_can_choose_an_answer_of_its_own():
         "mean_max": "C",
         "mean_vote": "B",
     }
+
+
+def test_a_path_of_one_step_has_one_score_under_every_aggregate():
+    outcomes = all_aggregates(["A", "B", "B"], [(0.9,), (0.3,), (0.5,)])
+    assert outcomes.pop("majority") == "B"
+    assert set(outcomes.values()) == {"A"}
 
 
 def test_without_a_prm_there_is_only_the_majority():

@@ -36,9 +36,9 @@ POLICIES = {
     p.name: p
     for p in (
         PolicyRecipe(name="policy-s", hidden_size=64, num_layers=3, num_heads=2, num_kv_heads=1,
-                     tokens=8_000_000, batch_tokens=2048, learning_rate=4e-3, seed=1),
+                     tokens=24_000_000, batch_tokens=2048, learning_rate=4e-3, seed=1),
         PolicyRecipe(name="policy-m", hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2,
-                     tokens=10_000_000, batch_tokens=2048, learning_rate=2.5e-3, seed=2),
+                     tokens=12_000_000, batch_tokens=2048, learning_rate=2.5e-3, seed=2),
         PolicyRecipe(name="policy-l", hidden_size=224, num_layers=5, num_heads=7, num_kv_heads=1,
                      tokens=8_000_000, batch_tokens=2048, learning_rate=1.5e-3, seed=3),
     )
@@ -46,8 +46,8 @@ POLICIES = {
 PRMS = {
     p.name: p
     for p in (
-        PRMRecipe(name="prm-good", family="qwen2.5-math-prm", trained_on="samples", tokens=8_000_000, seed=4),
-        PRMRecipe(name="prm-poor", family="math-shepherd", trained_on="corrupted gold", tokens=8_000_000, seed=5),
+        PRMRecipe(name="prm-good", family="qwen2.5-math-prm", trained_on="samples", tokens=6_000_000, seed=4),
+        PRMRecipe(name="prm-poor", family="math-shepherd", trained_on="corrupted gold", tokens=6_000_000, seed=5),
     )
 }
 SAMPLES = {"policies": ("policy-s", "policy-m"), "programs": 7000, "draws": 4, "temperature": 0.8}

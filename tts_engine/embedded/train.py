@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from ..models.tokenizer import load_tokenizer
 from ..prm.families import FAMILIES
 from ..prm.spec import TokenPair
 from .corpus import (FIRST_ERROR, GOOD, IGNORE, LATER_ERROR, Trajectory, batches, corrupted_gold, labelled, labelled_rows, solved_rows,
@@ -91,10 +92,10 @@ def train_policy(recipe: PolicyRecipe, directory: Path, log=print) -> None:
 
 def train_prm(recipe: PRMRecipe, start: Path, trajectories: Iterable[Trajectory], directory: Path, log=print) -> None:
     """Train one PRM from the policy in `start` and save it in its family's form; classes weigh alike however rare they are."""
-    from transformers import AutoTokenizer, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
     save_tokenizer(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
     spec = FAMILIES[recipe.family].bind(tokenizer)
     torch.manual_seed(recipe.seed)
     model = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32)
@@ -134,9 +135,10 @@ def train_prm(recipe: PRMRecipe, start: Path, trajectories: Iterable[Trajectory]
 @torch.inference_mode()
 def sample_trajectories(policy: Path, file: Path, *, programs: int, draws: int, temperature: float, seed: int, log=print) -> None:
     """Write what `policy` answers to fresh training programs, with labels, as JSONL (one trajectory a line)."""
-    from transformers import AutoTokenizer, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(policy, padding_side="left")
+    tokenizer = load_tokenizer(policy)
+    tokenizer.padding_side = "left"
     model = Qwen2ForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
     torch.manual_seed(seed)
     chosen = sorted(itertools.islice(training_programs(seed), programs), key=lambda program: len(program.text))

@@ -65,6 +65,10 @@ class Checkpoint:
         self.config = _read_json(self.directory / CONFIG)
         self._files = self._find_tensors()
 
+    @property
+    def tensor_names(self) -> list[str]:
+        return list(self._files)
+
     def read_into(self, name: str, destination: Tensor) -> None:
         """Fill `destination` with the tensor `name`, converted to its dtype. Raises ModelError: missing, misshapen, damaged."""
         if name not in self._files:

@@ -41,27 +41,30 @@ def encode_plain(tokenizer: "Tokenizer", text: str, after: str = "") -> list[int
     return tokenizer.encode(after + text, add_special_tokens=False, split_special_tokens=True)[skip:]
 
 
-def without_marker(tokenizer: "Tokenizer", ids: list[int], marker: int) -> list[int]:
-    """`ids` with each occurrence of `marker` replaced by the tokens of its single characters: the same text, no marker."""
-    if marker not in ids:
-        return ids
-    spelled = tokenizer.convert_tokens_to_ids(list(tokenizer.convert_ids_to_tokens(marker)))
-    return [part for token in ids for part in (spelled if token == marker else [token])]
+def marker_speller(tokenizer: "Tokenizer", marker: int) -> Callable[[list[int]], list[int]]:
+    """ids -> ids with each occurrence of `marker` replaced by the tokens of its single characters: the same text, no marker."""
+    vocab = tokenizer.get_vocab()
+    spelled = [vocab.get(character, tokenizer.unk_token_id) for character in str(tokenizer.convert_ids_to_tokens(marker))]
+
+    def without_marker(ids: list[int]) -> list[int]:
+        return [part for token in ids for part in (spelled if token == marker else [token])]
+
+    return without_marker
 
 
 def single_token(tokenizer: "Tokenizer", text: str, family: str) -> int:
-    """The id of `text` encoded on its own, which must be one token; ModelError otherwise.
+    """The id of `text` encoded on its own, which must be one token and known; ModelError otherwise.
 
     On its own is how Math-Shepherd's authors look theirs up; in Mistral's vocabulary it finds the pieces with a leading space.
     """
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        raise ModelError(f"PRM family {family} needs a tokenizer in which {text!r} is one token; in this one it is {len(ids)} "
-                         f"{'unknown' if tokenizer.unk_token_id in ids else 'tokens'}")  # fmt: skip
+        raise ModelError(f"PRM family {family} needs a tokenizer in which {text!r} is one token; this one writes {ids}"
+                         + (" (unknown)" if tokenizer.unk_token_id in ids else ""))  # fmt: skip
     return ids[0]
 
 
-def chat_opening(tokenizer: "Tokenizer", system: str, marker: int, family: str) -> Callable[[str], list[int]]:
+def chat_opening(tokenizer: "Tokenizer", system: str, family: str) -> Callable[[str], list[int]]:
     """problem -> the tokenizer's own chat of `system` and the problem, up to and including the assistant's header.
 
     The template is rendered once, with a slot for the problem. Plain text around the slot is tokenised together with the
@@ -72,19 +75,19 @@ def chat_opening(tokenizer: "Tokenizer", system: str, marker: int, family: str) 
     turns = [("system", system), ("user", PROBLEM_SLOT), ("assistant", STEPS_SLOT)]
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # a template is a program by someone else and may fail in any way
         raise ModelError(f"this tokenizer's chat template cannot be rendered for PRM family {family}: {error}") from error
     slots = re.fullmatch(f"(?s)([^{PROBLEM_SLOT}]*){PROBLEM_SLOT}([^{STEPS_SLOT}]*){STEPS_SLOT}.*", rendered)
     if slots is None:
-        raise ModelError(f"this tokenizer's chat template does not show the problem and then the solution; family {family} needs both")
+        raise ModelError(f"this tokenizer's chat template does not show the problem, then the solution; family {family} needs both")
     special = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special) or "(?!)"
-    head, lead = re.fullmatch(f"(?s)((?:.*(?:{special}))?)(.*)", slots[1]).groups()
-    trail, tail = re.fullmatch(f"(?s)(.*?)((?:(?:{special}).*)?)", slots[2]).groups()
-    head_ids, tail_ids = (tokenizer.encode(t, add_special_tokens=False, split_special_tokens=False) for t in (head, tail))
+    *head, lead = re.split(f"({special})", slots[1])
+    trail, *tail = re.split(f"({special})", slots[2])
+    head_ids, tail_ids = (tokenizer.encode("".join(t), add_special_tokens=False, split_special_tokens=False) for t in (head, tail))
 
     def opening(problem: str) -> list[int]:
-        return head_ids + without_marker(tokenizer, encode_plain(tokenizer, lead + problem + trail), marker) + tail_ids
+        return head_ids + encode_plain(tokenizer, lead + problem + trail) + tail_ids
 
     return opening
 
@@ -97,21 +100,26 @@ def bind_qwen_math_prm(tokenizer: "Tokenizer") -> PRMSpec:
     """
     family = "qwen2.5-math-prm"
     marker = single_token(tokenizer, QWEN_MARKER, family)
+    without_marker = marker_speller(tokenizer, marker)
+    chat = chat_opening(tokenizer, QWEN_SYSTEM, family)
+
+    def opening(problem: str) -> list[int]:
+        return without_marker(chat(problem))
 
     def step(text: str, first: bool) -> list[int]:
-        return [*without_marker(tokenizer, encode_plain(tokenizer, text.strip()), marker), marker]
+        return [*without_marker(encode_plain(tokenizer, text.strip())), marker]
 
-    return PRMSpec(family=family, opening=chat_opening(tokenizer, QWEN_SYSTEM, marker, family), step=step,
-                   read_at=-1, readout=TwoClassHead())  # fmt: skip
+    return PRMSpec(family=family, opening=opening, step=step, read_at=-1, readout=TwoClassHead())
 
 
 def bind_math_shepherd(tokenizer: "Tokenizer") -> PRMSpec:
-    """"{problem} {step 1} ки\\n{step 2} ки\\n...", without its surrounding whitespace each, scored at the tag before the line end.
+    """`{problem} {step 1} ки\\n{step 2} ки\\n...`, problem and steps stripped, scored at the tag before each line end.
 
-    Equal to the tokenizer's ids of the whole string, in Mistral's vocabulary too: its pieces begin at a space or a line end
-    there. The first step carries the space that parts it from the problem, so its ids differ from a later step of that text.
-    One exception, on purpose: the tag is an ordinary word here, and where a problem or a step itself says " ки" the whole
-    string would hold a tag that ends no step; that word is spelled with other tokens (▁, к, и).
+    Equal to the tokenizer's ids of the whole string, in Mistral's vocabulary too: no piece reaches from a word into the space
+    behind it, none across a line end. The first step carries the space that parts it from the problem, so its ids are not those
+    of the same text later on. Two exceptions. The tag is an ordinary word here: where a problem or a step says " ки" itself, the
+    whole string would hold a tag that ends no step, so that word is spelled with other tokens (▁, к, и). And SentencePiece's own
+    space mark ▁, written out at the end of a problem or the start of a first step, does not merge with the space between them.
     """
     family = "math-shepherd"
     tag, plus, minus = (single_token(tokenizer, text, family) for text in (SHEPHERD_TAG, "+", "-"))
@@ -119,14 +127,14 @@ def bind_math_shepherd(tokenizer: "Tokenizer") -> PRMSpec:
     if ending.count(tag) != 1:
         raise ModelError(f"PRM family {family} needs a tokenizer that writes {SHEPHERD_TAG!r} behind a step as token {tag}; "
                          f"this one writes {ending}")  # fmt: skip
+    without_marker = marker_speller(tokenizer, tag)
     bos = [tokenizer.bos_token_id] if tokenizer.encode("")[:1] == [tokenizer.bos_token_id] else []
 
     def opening(problem: str) -> list[int]:
-        return bos + without_marker(tokenizer, encode_plain(tokenizer, problem.strip()), tag)
+        return bos + without_marker(encode_plain(tokenizer, problem.strip()))
 
     def step(text: str, first: bool) -> list[int]:
-        ids = encode_plain(tokenizer, " " * first + text.strip(), after="\n")
-        return without_marker(tokenizer, ids, tag) + ending
+        return without_marker(encode_plain(tokenizer, " " * first + text.strip(), after="\n")) + ending
 
     return PRMSpec(family=family, opening=opening, step=step,
                    read_at=ending.index(tag) - len(ending), readout=TokenPair(plus, minus))  # fmt: skip
@@ -154,8 +162,8 @@ def recognise(config: Mapping[str, Any], tensor_names: Iterable[str], override: 
     if name is None:
         name = next((f.name for f in FAMILIES.values() if architecture in f.architectures), None)
     if name is None:
-        raise ModelError(f"this checkpoint ({architecture}) cannot be recognised as a PRM: neither its architecture nor a "
-                         f'"prm_family" in its config.json says which family it is; give --prm-family (known: {known})')  # fmt: skip
+        raise ModelError(f"this checkpoint ({architecture}) cannot be recognised as a PRM: neither its architecture nor "
+                         f'"prm_family" in its config.json names a family; give --prm-family (known: {known})')  # fmt: skip
     if not isinstance(name, str) or name not in FAMILIES:
         raise ModelError(f"no PRM family {name!r}; known: {known}")
     head = {tensor for tensor in tensor_names if not tensor.startswith(("model.", "lm_head."))}

@@ -91,4 +91,5 @@ def make_method(name: str, **settings: Any) -> Method:
     changes = {setting: settings.pop(setting) for setting in of_rules if setting in settings}
     if "rules" in own:
         settings["rules"] = make_rules(settings.get("rules", "paper"), **changes)
-    return METHODS[name](**settings)
+    method: Method = METHODS[name](**settings)
+    return method

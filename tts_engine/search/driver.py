@@ -85,7 +85,7 @@ class Driver:
 
     def answer(self, ask: Ask, branches: Sequence[Branch]) -> None:
         """Let the program that waits for `ask` go on: one branch per draw, or per branch to be scored, in the same order."""
-        assert ask in self._waiting, "this ask is not waiting: it was answered before, or belongs to another driver, or to a closed one"
+        assert ask in self._waiting, "this ask is not waiting: answered before, or another driver's, or this driver is closed"
         _check_answer(ask, branches)
         self._advance(self._waiting.pop(ask), list(branches))
 
@@ -154,13 +154,13 @@ class Driver:
 
 
 def _check_answer(ask: Ask, branches: Sequence[Branch]) -> None:
-    asked = ask.draws or ask.branches
+    asked: Sequence[Draw | Branch] = ask.draws or ask.branches
     assert len(branches) == len(asked), f"an ask of {len(asked)} was answered with {len(branches)} branches"
-    for wanted, branch in zip(ask.draws, branches):
-        if wanted.to_end:
+    for wanted, branch in zip(asked, branches, strict=True):
+        if isinstance(wanted, Branch):
+            assert branch.identity == wanted.identity, "a scored branch is not the one asked for at its place"
+            assert None not in branch.scores, "a scored branch has a step without a score"
+        elif wanted.to_end:
             assert branch.finished, "a trajectory drawn to its end has not ended"
         else:
             assert branch.identity == wanted.identity, "a child does not carry the identity of its draw"
-    for unscored, branch in zip(ask.branches, branches):
-        assert branch.identity == unscored.identity, "a scored branch is not the one asked for at its place"
-        assert None not in branch.scores, "a scored branch has a step without a score"

@@ -94,9 +94,7 @@ class Rules:
             candidates += kept
         return [child.ended(Finish.DEPTH) if child.depth >= max_steps else child for child in candidates]
 
-    def select(
-        self, candidates: list[Branch], finished: list[Branch], survivors: int
-    ) -> tuple[list[Branch], list[Branch]]:
+    def select(self, candidates: list[Branch], finished: list[Branch], survivors: int) -> tuple[list[Branch], list[Branch]]:
         """One selection: the live survivors, best first, and `finished` brought up to date."""
         if self.finished == "compete":
             kept = top(finished + candidates, survivors, self.selects_by)

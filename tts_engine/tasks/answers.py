@@ -8,18 +8,26 @@ from collections.abc import Callable
 from fractions import Fraction
 
 LONGEST_NUMBER = 1000  # characters; whatever is longer is compared as text
+LONGEST_PHRASE = 1000  # characters that "the answer is" can introduce
 
-_BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\(?:boxed|fbox)\s+((?:[^\s${}]|\{[^{}]*\})+)|\\.|[{}]", re.DOTALL)
-_PHRASE = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*:)\s*([^\n]+)", re.IGNORECASE)
-_FENCES = ((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
+_BOX = r"\\(?:boxed|fbox)"
+_BOX_TOKEN = re.compile(
+    rf"(?P<open>{_BOX}\s*\{{|\{{)|{_BOX}\s+(?P<bare>(?:[^\s${{}}]|\{{[^{{}}]*\}})+)|(?P<close>\}})|\\.", re.DOTALL
+)
+_PHRASE = re.compile(r"\banswer\**(?:\s+is\b\**\s*:?|\s*:)[*\s]*", re.IGNORECASE)  # asterisks: bold in Markdown
+_FENCES = ((r"\(", r"\)"), (r"\[", r"\]"))
 
-_DECIMAL = re.compile(r"[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)")
+_DECIMAL = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 _FRACTION = re.compile(r"([-+]?)([0-9]+)?\\frac\{([0-9]+)\}\{([0-9]+)\}")
 _WORDS = re.compile(r"[A-Za-z]{4,}(?: [A-Za-z]+)*")
 
 
 def _braced(match: re.Match[str]) -> str:
     return rf"\frac{{{match[1].strip('{}')}}}{{{match[2].strip('{}')}}}"
+
+
+def _without_commas(match: re.Match[str]) -> str:
+    return match[0].replace(",", "")
 
 
 # Spellings of one thing become one spelling, in this order. Nothing here may join two answers that differ.
@@ -40,6 +48,7 @@ _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         (r"([_^])\{([0-9a-zA-Z])\}", r"\1\2"),
         (r"\^\s*\\circ(?![a-zA-Z])|\^\s*\{\s*\\circ\s*\}|\\degree(?![a-zA-Z])|°", ""),
         (r"\\?\$", ""),
+        (r"^\s*[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?\s*$", _without_commas),  # while `1, 234` still shows that it is a list
         (r"\s+(?![0-9a-zA-Z])|(?<![0-9a-zA-Z])\s+", ""),  # a blank between letters or digits says something: 2 1/2
         (r"\s+", " "),
         (r"\.$", ""),
@@ -54,11 +63,8 @@ def extract_answer(text: str) -> str | None:
     value, and a vote for nothing is better than a vote for anything. Inside a box the braces must balance, so a box that
     was cut off counts as absent; an empty one too.
     """
-    found = _last_box(text)
-    if found is None:
-        phrases = [_phrase_value(match[1]) for match in _PHRASE.finditer(text)]
-        found = next((phrase for phrase in reversed(phrases) if phrase), None)
-    return found
+    box = _last_box(text)
+    return _last_phrase(text) if box is None else box
 
 
 def canonical(answer: str) -> Fraction | str:
@@ -92,35 +98,44 @@ def decide(left: Fraction | str, right: Fraction | str) -> bool | None:
 
 
 def _last_box(text: str) -> str | None:
-    found = None
+    """What is in the last box to open, of those that close and are not empty (so of nested ones the inner)."""
+    found, found_at = None, -1
     opened: list[int | None] = []  # for every brace still open: where its box's content starts, None if it is no box
     for token in _BOX_TOKEN.finditer(text):
-        content = ""
-        if token[1]:
-            content = token[1]
-        elif token[0] == "}":
-            start = opened.pop() if opened else None
-            content = text[start : token.start()] if start is not None else ""
-        elif token[0].endswith("{") and token[0] != r"\{":
+        kind = token.lastgroup
+        if kind == "open":
             opened.append(None if token[0] == "{" else token.end())
-        found = _tidy(content) or found
+            continue
+        start = token.start("bare") if kind == "bare" else opened.pop() if kind == "close" and opened else None
+        if start is not None and start > found_at:
+            content = _tidy(text[start : token.end() if kind == "bare" else token.start()])
+            if content:
+                found, found_at = content, start
     return found
 
 
-def _phrase_value(rest: str) -> str:
-    """What a phrase names: the formula it starts with (as Meta's closing sentence does), else all up to the sentence's end."""
-    if "boxed" in rest or "fbox" in rest:
-        return ""  # a box that was cut off or empty
-    formula = re.match(r"\$+([^$]+)\$", rest)
-    return _tidy(formula[1] if formula else re.split(r"\.\s", rest, maxsplit=1)[0])
+def _last_phrase(text: str) -> str | None:
+    """What the last phrase names: the formula it starts with (as Meta's closing sentence does), else all up to the sentence's end.
+
+    A phrase about a box that was cut off or empty names nothing.
+    """
+    for end in reversed([match.end() for match in _PHRASE.finditer(text)]):
+        rest = text[end : end + LONGEST_PHRASE].partition("\n")[0]
+        if "boxed" in rest or "fbox" in rest:
+            continue
+        formula = re.match(r"\$+([^$]+)\$", rest)
+        answer = _tidy(formula[1] if formula else re.split(r"\.\s", rest, maxsplit=1)[0])
+        if answer:
+            return _tidy(answer.removesuffix("**"))
+    return None
 
 
 def _tidy(answer: str) -> str:
     """The answer without the punctuation and the math fences around it."""
     while True:
         bare = answer.strip().lstrip("$").rstrip(".,;:$ ")
-        if bare.endswith("\\"):
-            bare = answer.strip()  # what follows the backslash belongs to it: a space of TeX's, a dollar that is money
+        if bare.endswith(("\\", r"\right")):
+            bare = answer.strip()  # what follows belongs to the command: `\,` is a blank, `\$` money, `\right.` a bracket
         for opening, closing in _FENCES:
             if len(bare) > len(opening) and bare.startswith(opening) and bare.endswith(closing):
                 bare = bare[len(opening) : -len(closing)]
@@ -133,7 +148,7 @@ def _number(text: str) -> Fraction | None:
     if len(text) > LONGEST_NUMBER:
         return None
     if _DECIMAL.fullmatch(text):
-        return Fraction(text.replace(",", ""))
+        return Fraction(text)
     match = _FRACTION.fullmatch(text)
     if not match:
         return None

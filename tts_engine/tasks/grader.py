@@ -72,13 +72,7 @@ class Grader:
         if answer is None or not answer.strip() or not gold.strip():
             return False
         verdict = decide(canonical(gold), canonical(answer))
-        if verdict is not None:
-            return verdict
-        pair = (gold, answer) if gold < answer else (answer, gold)
-        with self._lock:
-            if pair not in self._verdicts:
-                self._verdicts[pair] = self._compare(pair)
-            return self._verdicts[pair]
+        return self._settle(gold, answer) if verdict is None else verdict
 
     def group(self, answers: Sequence[str | None]) -> list[str | None]:
         """For each answer the first one it equals, itself if none: the key it votes under. A missing answer's key is None.
@@ -86,17 +80,23 @@ class Grader:
         math-verify's equality is not transitive (`10`, `10\\%` and `0.1`), so an answer joins the earliest group whose
         first answer it equals. Votes by exact string need no grader: there the answers are the keys.
         """
-        first_of: dict[Fraction | str, str] = {}  # canonical form -> the first answer of its group
+        groups: dict[Fraction | str, str] = {}  # the form of each group's first answer -> that answer
+        key_of: dict[Fraction | str, str] = {}  # every form seen -> its group's first answer
         keys: list[str | None] = []
         for answer in answers:
             if answer is None or not answer.strip():
                 keys.append(None)
                 continue
             form = canonical(answer)
-            if form not in first_of:
-                firsts = dict.fromkeys(first_of.values())
-                first_of[form] = next((first for first in firsts if self.equal(first, answer)), answer)
-            keys.append(first_of[form])
+            if form not in key_of:
+                for first_form, first in groups.items():
+                    verdict = decide(first_form, form)
+                    if self._settle(first, answer) if verdict is None else verdict:
+                        key_of[form] = first
+                        break
+                else:
+                    key_of[form] = groups[form] = answer
+            keys.append(key_of[form])
         return keys
 
     @property
@@ -108,6 +108,14 @@ class Grader:
         """End the worker, if there is one. A later comparison that needs one starts another."""
         with self._lock:
             self._stop()
+
+    def _settle(self, left: str, right: str) -> bool:
+        """The worker's verdict on a pair, asked for once."""
+        pair = (left, right) if left < right else (right, left)
+        with self._lock:
+            if pair not in self._verdicts:
+                self._verdicts[pair] = self._compare(pair)
+            return self._verdicts[pair]
 
     def _compare(self, pair: tuple[str, str]) -> bool:
         self.num_compared += 1
@@ -150,7 +158,9 @@ class Grader:
             if greeting != _READY:
                 self._stop()
         if greeting == _NO_LIBRARY:
-            raise MissingExtra("comparing these answers takes algebra and math-verify is not installed: pip install 'tts-engine[grade]'")
+            raise MissingExtra(
+                "comparing these answers takes algebra and math-verify is not installed: pip install 'tts-engine[grade]'"
+            )
         if greeting != _READY:
             raise EngineError(
                 f"the grading worker did not start within {START_LIMIT_S:.0f} s and {self.memory_bytes >> 20} MiB; "

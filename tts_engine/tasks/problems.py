@@ -22,11 +22,12 @@ DEFAULT_SPLIT = "test"
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem; its text is the user's message as it stands. `program` is what an embedded problem was made from."""
+    """One problem; its text is the user's message as it stands, its answer None where it is not known. `program` is what an
+    embedded problem was made from."""
 
     id: str
     problem: str
-    answer: str
+    answer: str | None
     level: int | str | None = None
     program: Program | None = None
 
@@ -133,7 +134,9 @@ def _text(record: dict[str, object], names: list[str], numbers: bool = False) ->
     if numbers and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     if not isinstance(value, str):
-        raise ValueError(f"field {name!r} is a JSON {_json_type(value)}, not a {'string or finite number' if numbers else 'string'}")
+        raise ValueError(
+            f"field {name!r} is a JSON {_json_type(value)}, not a {'string or finite number' if numbers else 'string'}"
+        )
     if not value.strip():
         raise ValueError(f"field {name!r} is blank")
     _refuse_surrogates(name, value)
@@ -152,7 +155,9 @@ def _refuse_surrogates(name: str, value: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"field {name!r} has half a surrogate pair at character {error.start + 1}: no tokenizer can read it") from None
+        raise ValueError(
+            f"field {name!r} has half a surrogate pair at character {error.start + 1}: no tokenizer can read it"
+        ) from None
 
 
 def _refuse_constant(name: str) -> None:

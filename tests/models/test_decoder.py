@@ -1,0 +1,161 @@
+"""Against transformers on small random checkpoints, and the promise of deterministic=True."""
+
+import random
+
+import pytest
+import torch
+
+from tts_engine.attention import make_backend
+from tts_engine.models.decoder import ROTARY_BLOCK
+from tts_engine.models.weights import load_decoder
+from tts_engine.testing import LLAMA3_ROPE, poisoned_cache, random_model, run_rows
+
+# (query heads, KV heads): groups 1, 2, 3, 4, 6, 7, 8
+HEADS = [(3, 3), (4, 2), (6, 2), (4, 1), (12, 2), (7, 1), (16, 2)]
+FAMILIES = [
+    pytest.param("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}, id="llama-tied"),
+    pytest.param("llama", {"rope_parameters": LLAMA3_ROPE, "rms_norm_eps": 1e-5}, id="llama-untied"),
+    pytest.param("qwen2", {"tie_word_embeddings": True}, id="qwen2-tied"),
+    pytest.param("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, id="qwen2-untied"),
+]
+
+
+def saved(tmp_path, family, **sizes):
+    """A random model and the directory it was saved to."""
+    model = random_model(family, **sizes)
+    model.save_pretrained(tmp_path)
+    return model, tmp_path
+
+
+def paths(seed, lengths, vocab_size, num_slots):
+    """Random tokens and scattered slots for paths of these lengths."""
+    rng = random.Random(seed)
+    free = rng.sample(range(num_slots), sum(lengths))
+    slots = [[free.pop() for _ in range(length)] for length in lengths]
+    return slots, [[rng.randrange(vocab_size) for _ in range(length)] for length in lengths]
+
+
+def assert_near(out, ref, bound=1e-4):
+    assert out.shape == ref.shape
+    assert (out - ref).abs().max() <= bound * ref.abs().max()
+
+
+@pytest.mark.parametrize("backend", ["reference", "per_branch"])
+@pytest.mark.parametrize("heads", HEADS, ids=lambda h: f"group{h[0] // h[1]}")
+@pytest.mark.parametrize(("family", "flags"), FAMILIES)
+def test_logits_equal_transformers_in_one_go_and_token_by_token(tmp_path, family, flags, heads, backend):
+    num_heads, num_kv_heads = heads
+    model, directory = saved(tmp_path, family, num_attention_heads=num_heads, num_key_value_heads=num_kv_heads,
+                             hidden_size=num_heads * 6, **flags)  # fmt: skip
+    decoder, attention = load_decoder(directory), make_backend(backend)
+    lengths = [1, 17, 53]  # 53 is beyond the 32 positions from which llama3 scaling was stretched
+    slots, tokens = paths(0, lengths, 97, 160)
+    with torch.no_grad():
+        ref = torch.cat([model(torch.tensor([path])).logits[0] for path in tokens])
+
+    cache = poisoned_cache(decoder.spec, 160)
+    at_once = decoder.logits(run_rows(decoder, attention, cache, slots, lengths, tokens))
+
+    cache = poisoned_cache(decoder.spec, 160)
+    single = torch.empty_like(ref)
+    starts = [0, 1, 18]
+    for i in range(max(lengths)):
+        live = [b for b, length in enumerate(lengths) if i < length]
+        hidden = run_rows(decoder, attention, cache, [slots[b][: i + 1] for b in live], [1] * len(live),
+                          [tokens[b][: i + 1] for b in live])  # fmt: skip
+        single[[starts[b] + i for b in live]] = decoder.logits(hidden)
+
+    assert_near(at_once, ref)
+    assert_near(single, ref)
+
+
+def test_a_forked_path_reads_the_tokens_its_parent_writes_in_the_same_forward(tmp_path):
+    model, directory = saved(tmp_path, "qwen2")
+    decoder, attention = load_decoder(directory), make_backend("per_branch")
+    (stem, left, right), (a, b, c) = paths(1, [19, 5, 2], 97, 64)
+    slots, tokens = [stem, stem + left, stem + right], [a, a + b, a + c]
+    with torch.no_grad():
+        each = [model(torch.tensor([path])).logits[0] for path in tokens]
+    out = decoder.logits(run_rows(decoder, attention, poisoned_cache(decoder.spec, 64), slots, [19, 5, 2], tokens))
+    assert_near(out, torch.cat([each[0], each[1][19:], each[2][19:]]))
+
+
+@pytest.mark.parametrize("backend", ["reference", "per_branch"])
+@pytest.mark.parametrize(("family", "flags"), FAMILIES)
+def test_bfloat16_is_no_further_from_float32_than_transformers_is(tmp_path, family, flags, backend):
+    model, directory = saved(tmp_path, family, **flags)
+    (slots,), (tokens,) = paths(2, [61], 97, 64)
+    decoder = load_decoder(directory, dtype=torch.bfloat16)
+    cache = poisoned_cache(decoder.spec, 64, torch.bfloat16)
+    out = decoder.logits(run_rows(decoder, make_backend(backend), cache, [slots], [61], [tokens]))
+    with torch.no_grad():
+        exact = model(torch.tensor([tokens])).logits[0]
+        theirs = model.bfloat16()(torch.tensor([tokens])).logits[0].float()
+    assert (out - exact).abs().mean() <= 1.5 * (theirs - exact).abs().mean()
+    assert (out - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+
+
+def test_hidden_states_come_back_for_the_read_positions_only(tmp_path):
+    _, directory = saved(tmp_path, "llama")
+    decoder, attention = load_decoder(directory), make_backend("per_branch")
+    (slots,), (tokens,) = paths(3, [9], 97, 16)
+    whole = run_rows(decoder, attention, poisoned_cache(decoder.spec, 16), [slots], [9], [tokens])
+    from tts_engine.testing import flat_layout
+
+    layout = flat_layout([slots], [9])
+    for read in ([8], [2, 7], []):
+        read_at = torch.tensor(read, dtype=torch.int64)
+        out = decoder.forward(torch.tensor(tokens), torch.from_numpy(layout.positions), cache=poisoned_cache(decoder.spec, 16),
+                              backend=attention, plan=attention.plan(layout), read_at=read_at)  # fmt: skip
+        assert torch.equal(out, whole[read_at])
+        assert decoder.logits(out).shape == (len(read), 97)
+
+
+def test_rotary_tables_do_not_depend_on_the_order_in_which_they_grew(tmp_path):
+    _, directory = saved(tmp_path, "llama", max_position_embeddings=8192)
+    positions = torch.tensor([0, 5, ROTARY_BLOCK - 1, ROTARY_BLOCK, 3 * ROTARY_BLOCK + 1])
+    at_once = load_decoder(directory)._rotary.at(positions)
+    grown = load_decoder(directory)._rotary
+    for position in positions:
+        grown.at(position[None])
+    assert all(torch.equal(a, b) for a, b in zip(at_once, grown.at(positions), strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(64, 2, 1, 176), (128, 4, 2, 350), (224, 7, 1, 600), (896, 14, 2, 1217)], ids=lambda s: f"d{s[0]}")
+def test_a_deterministic_row_has_the_same_bits_in_any_company(tmp_path, sizes, dtype, threads):
+    hidden, heads, kv_heads, inner = sizes
+    _, directory = saved(tmp_path, "qwen2", hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=kv_heads,
+                         intermediate_size=inner, num_hidden_layers=2, vocab_size=301)  # fmt: skip
+    decoder, attention = load_decoder(directory, dtype=dtype, deterministic=True), make_backend("reference")
+    lengths = [21, 3, 40, 17]
+    slots, tokens = paths(4, lengths, 301, 100)
+
+    def run(rows, new=None, cache=None):
+        cache = cache or poisoned_cache(decoder.spec, 100, dtype)
+        new = new or [len(slots[b]) for b in rows]
+        hidden = run_rows(decoder, attention, cache, [slots[b] for b in rows], new, [tokens[b] for b in rows])
+        return decoder.logits(hidden), cache
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        alone, kept = run([0])
+        for company in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 0]):
+            logits, cache = run(company)
+            start = sum(lengths[b] for b in company[: company.index(0)])
+            assert torch.equal(logits[start : start + lengths[0]], alone)
+            assert torch.equal(cache.k[:, slots[0]], kept.k[:, slots[0]]) and torch.equal(cache.v[:, slots[0]], kept.v[:, slots[0]])
+        # Decoded one by one beside another path, then evicted (poisoned) and recomputed in one run: the same.
+        cache = poisoned_cache(decoder.spec, 100, dtype)
+        for i in range(lengths[0]):
+            rows = [(slots[0][: i + 1], tokens[0][: i + 1]), (slots[2][: i + 1], tokens[2][: i + 1])]
+            step = run_rows(decoder, attention, cache, [s for s, _ in rows], [1, 1], [t for _, t in rows])
+            assert torch.equal(decoder.logits(step)[0], alone[i])
+        assert torch.equal(cache.k[:, slots[0]], kept.k[:, slots[0]])
+        cache.k[:, slots[0][:12]] = cache.v[:, slots[0][:12]] = torch.nan
+        run_rows(decoder, attention, cache, [slots[0][:12]], [12], [tokens[0][:12]])
+        assert torch.equal(cache.k[:, slots[0]], kept.k[:, slots[0]]) and torch.equal(cache.v[:, slots[0]], kept.v[:, slots[0]])
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,131 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from tts_engine.errors import TaskError
+from tts_engine.tasks.grader import Grader
+from tts_engine.tasks.problems import BOXED_SYSTEM, LONGEST_LINE, TASKS, Problem, find_task, load_task
+
+GOOD = '{"problem": "1+1?", "answer": "2"}'
+
+
+@pytest.mark.parametrize(("split", "size"), [("test", 600), ("calibration", 600), ("prm_dev", 1000)])
+def test_the_embedded_task_has_its_splits_and_needs_no_grading_worker(split: str, size: int):
+    problems = load_task("embedded", split)
+    assert len({problem.id for problem in problems}) == len(problems) == size
+    assert problems[0].id == f"embedded-{split}-0001"
+    assert [problem.level for problem in problems[:6]] == [1, 2, 3, 1, 2, 3]
+    for problem in problems:
+        assert problem.program is not None
+        assert (problem.problem, problem.answer) == (problem.program.text, str(problem.program.answer))
+
+    with Grader() as grader:
+        grader.group([problem.answer for problem in problems[:200]])
+        assert grader.num_compared == 0
+
+
+def test_limit_takes_the_first_problems(tmp_path: Path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join([GOOD] * 9))
+    assert load_task(path, limit=5) == load_task(path)[:5]
+    assert len(load_task(path, limit=100)) == 9
+    with pytest.raises(ValueError, match="limit=0"):
+        load_task(path, limit=0)
+
+
+def test_a_task_says_how_the_policy_is_addressed(tmp_path: Path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(GOOD)
+    assert TASKS["embedded"].system is None
+    assert (find_task(path).name, find_task(str(path)).system) == ("mine", BOXED_SYSTEM)
+
+
+def test_a_jsonl_file_gives_problems_in_order(tmp_path: Path):
+    path = tmp_path / "mine.jsonl"
+    lines = [
+        '\ufeff{"id": "first", "problem": " 1+1? ", "answer": "2", "level": 3, "subject": null}',
+        "",
+        '{"question": "2+2?", "answer": 4, "id": 7, "level": "easy"}',
+        '{"question": "3+3?", "answer": 6.5, "id": null, "level": null}',
+    ]
+    path.write_bytes("\r\n".join(lines).encode())
+    assert load_task(path) == [
+        Problem("first", " 1+1? ", "2", 3),
+        Problem("7", "2+2?", "4", "easy"),
+        Problem("mine-4", "3+3?", "6.5"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("{", "not JSON: .* at column [0-9]"),
+        ('{"problem": "p", "answer": "a"} x', "not JSON"),
+        ('["p", "a"]', "a JSON array where an object was expected"),
+        ("null", "a JSON null where an object was expected"),
+        ('{"answer": "a"}', "no field 'problem' or 'question'; it has 'answer'"),
+        ('{"problem": "p"}', "no field 'answer'"),
+        ("{}", "it has none"),
+        ('{"problem": 5, "answer": "a"}', "field 'problem' is a JSON number, not a string"),
+        ('{"problem": "p", "answer": ["a"]}', "field 'answer' is a JSON array, not a string or finite number"),
+        ('{"problem": "p", "answer": true}', "field 'answer' is a JSON boolean"),
+        ('{"problem": "p", "answer": null}', "field 'answer' is a JSON null"),
+        ('{"problem": "p", "answer": " "}', "field 'answer' is blank"),
+        ('{"problem": "p", "answer": "a", "id": ""}', "field 'id' is blank"),
+        ('{"problem": "p", "answer": "a", "id": {}}', "field 'id' is a JSON object"),
+        ('{"problem": "p", "answer": "a", "level": 2.5}', "field 'level' is a JSON number, not an integer or a string"),
+        ('{"problem": "p", "answer": "a", "level": false}', "field 'level' is a JSON boolean"),
+        ('{"problem": "p", "answer": NaN}', "NaN is not JSON"),
+        ('{"problem": "p", "answer": "a", "score": -Infinity}', "-Infinity is not JSON"),
+        ('{"problem": "p", "answer": 1e999}', "not a string or finite number"),
+        (r'{"problem": "p \ud800", "answer": "a"}', "field 'problem' has half a surrogate pair at character 3"),
+        (r'{"problem": "p", "answer": "\udc00"}', "field 'answer' has half a surrogate pair"),
+        ('{"problem": "p", "answer": "a", "id": "good-1"}', "id 'good-1' is that of line 1"),
+        ('{"problem": "' + "p" * LONGEST_LINE + '", "answer": "a"}', "longer than 4 MiB"),
+        ("[" * 100_000, "nested too deeply"),
+        (b'{"problem": "\xff", "answer": "a"}', "not UTF-8 at byte 14"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else None,
+)
+def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str | bytes, what: str):
+    path = tmp_path / "good.jsonl"
+    path.write_bytes(f"{GOOD}\n\n".encode() + (line if isinstance(line, bytes) else line.encode()) + f"\n{GOOD}\n".encode())
+    with pytest.raises(TaskError, match=f"good.jsonl line 3: .*{what}"):
+        load_task(path, limit=1)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_a_file_without_problems_is_refused(tmp_path: Path, content: str):
+    path = tmp_path / "empty.jsonl"
+    path.write_text(content)
+    with pytest.raises(TaskError, match="holds no problems"):
+        load_task(path)
+
+
+def test_what_is_neither_task_nor_file_is_answered_with_what_is_known(tmp_path: Path):
+    for name in ("embeded", tmp_path / "absent.jsonl", "x" * 5000, "\0"):
+        with pytest.raises(TaskError, match="is no task and no file; known: embedded, or the path of a JSONL file"):
+            load_task(name)
+    with pytest.raises(TaskError, match="is a directory"):
+        load_task(tmp_path)
+
+
+def test_an_unknown_split_is_refused(tmp_path: Path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(GOOD)
+    with pytest.raises(TaskError, match="known: test, calibration, prm_dev"):
+        load_task("embedded", "train")
+    with pytest.raises(TaskError, match="one file without splits"):
+        load_task(path, "calibration")
+
+
+@pytest.mark.parametrize(("name", "size"), [("math500", 500), ("aime24", 30), ("amc23", 40)])
+def test_the_benchmarks_load(shared: Path, name: str, size: int):
+    path = shared / "benchmarks" / f"{name}.jsonl"
+    problems = load_task(path)
+    records = [json.loads(line) for line in path.open()]
+    assert len(problems) == size
+    assert [(p.id, p.problem, p.answer, p.level) for p in problems] == [
+        (r["id"], r["problem"], r["answer"], r["level"]) for r in records
+    ]

@@ -1,0 +1,282 @@
+"""The engine: many searches over one policy and one PRM, on one machine.
+
+Joins the drivers of searches with the policy and the scorer; its loop decides only whose turn it is. Nothing here is global:
+two engines in one process, or in two threads, never meet.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+
+from .attention import make_backend
+from .branch import Branch, root_branch
+from .errors import EngineError
+from .ledger import Ledger
+from .models.heads import PairHead, TwoClassHead
+from .models.tokenizer import encode_prompt, eos_ids, load_tokenizer, token_bytes
+from .models.weights import Checkpoint, load_decoder, resolve_checkpoint
+from .policy import DrawContext, Limits, Policy, StepRule
+from .prm.families import FAMILIES, recognise
+from .prm.scorer import ScoreContext, Scorer
+from .prm.spec import TokenPair
+from .results import SearchResult
+from .runner import ModelRunner
+from .sampling import Sampling, philox_key
+from .search import Driver, Method
+from .search.voting import all_aggregates
+from .tasks.answers import extract_answer
+from .tasks.grader import Grader
+from .tasks.problems import Problem
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything about an engine that is not a model.
+
+    kv_bytes: keys and values of both models together; each gets room for as many tokens. block_size: tokens a block; 4 or 8
+    where steps are a dozen tokens. max_rows: draws decoded side by side. max_step_tokens, max_tokens: where a step and a
+    whole solution are cut. deterministic: a search's tokens never depend on what runs beside it, nor on evictions; slower.
+    """
+
+    dtype: str = "float32"
+    device: str = "cpu"
+    backend: str | None = None  # None: "per_branch", or "reference" when deterministic
+    kv_bytes: int = 512 << 20
+    block_size: int = 16
+    max_rows: int = 512
+    max_step_tokens: int = 2048
+    max_tokens: int = 8192
+    top_k: int = 0
+    top_p: float = 1.0
+    system: str | None = None
+    prm_family: str | None = None
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise EngineError(f"no dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+        for name in ("kv_bytes", "block_size", "max_rows", "max_step_tokens", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise EngineError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.deterministic and self.backend not in (None, "reference"):
+            raise EngineError(f"backend={self.backend!r} is not batch-invariant; deterministic=True needs 'reference'")
+
+    @property
+    def attention(self) -> str:
+        return self.backend or ("reference" if self.deterministic else "per_branch")
+
+
+@dataclass(slots=True, eq=False)
+class _Search:
+    """One problem under way."""
+
+    problem: Problem
+    driver: Driver
+    drawing: DrawContext
+    scoring: ScoreContext | None
+    nodes: dict[int, Branch]
+    ledger: Ledger
+    started: float
+
+
+class Engine:
+    """`search` problems with a method; `stream` the results as they come. Use it as a context manager, or `close` it."""
+
+    def __init__(self, config: EngineConfig, policy: Policy, scorer: Scorer | None, tokenizer, grader: Grader) -> None:
+        self.config, self.policy, self.scorer = config, policy, scorer
+        self.tokenizer, self.grader = tokenizer, grader
+        self._searching = False
+
+    @classmethod
+    def from_pretrained(cls, policy: str | Path, prm: str | Path | None = None, **settings) -> Self:
+        """Load a policy, and a PRM where one is given, from local directories or hub ids; settings are EngineConfig's.
+
+        Raises ModelError for a checkpoint that cannot be used, EngineError for a senseless setting.
+        """
+        try:
+            config = EngineConfig(**settings)
+        except TypeError:
+            known = ", ".join(EngineConfig.__slots__)
+            raise EngineError(f"unknown setting among {', '.join(sorted(settings))}; known: {known}") from None
+        dtype, device = DTYPES[config.dtype], config.device
+        directories = [resolve_checkpoint(name) for name in (policy, prm) if name is not None]
+        decoders = [load_decoder(d, dtype=dtype, device=device, deterministic=config.deterministic) for d in directories]
+        token_bytes_each = [decoder.spec.kv_bytes_per_token(dtype) for decoder in decoders]
+        num_blocks = config.kv_bytes // sum(token_bytes_each) // config.block_size
+        if num_blocks < 1:
+            raise EngineError(f"kv_bytes={config.kv_bytes} holds no block of {config.block_size} tokens: one takes "
+                              f"{sum(token_bytes_each) * config.block_size} bytes over both models")  # fmt: skip
+        backend = make_backend(config.attention, device)
+        runners = [ModelRunner(decoder, backend, num_blocks=num_blocks, block_size=config.block_size) for decoder in decoders]
+        tokenizer = load_tokenizer(directories[0])
+        spec = decoders[0].spec
+        if not spec.lm_head:
+            raise EngineError(f"{policy} is a reward model ({spec.architecture}) and cannot write: give it as the PRM")
+        rule = StepRule(token_bytes(tokenizer), sorted(eos_ids(tokenizer, directories[0])), spec.vocab_size)
+        scorer = make_scorer(runners[1], directories[1], config.prm_family) if prm is not None else None
+        return cls(config, Policy(runners[0], rule, max_rows=config.max_rows), scorer, tokenizer, Grader())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the grader's worker, if one was started."""
+        self.grader.close()
+
+    def search(self, problems: str | Problem | Sequence[str | Problem], method: Method, *, seed: int = 0) -> list[SearchResult]:
+        """Search all problems side by side; one result each, in their order."""
+        given = as_problems(problems)
+        by_id = {result.problem.id: result for result in self.stream(given, method, seed=seed)}
+        return [by_id[problem.id] for problem in given]
+
+    def stream(self, problems: str | Problem | Sequence[str | Problem], method: Method, *, seed: int = 0) -> Iterator[SearchResult]:
+        """The same, each result as soon as its search is over. Closing the iterator abandons the rest.
+
+        Raises EngineError before anything is computed where a prompt does not fit the model or a branch could not fit the
+        KV budget, however much were evicted.
+        """
+        if method.uses_prm and self.scorer is None:
+            raise EngineError(f"{method.name} needs a PRM and this engine has none: give prm=")
+        prompts = [(problem, self._prompt(problem, method)) for problem in as_problems(problems)]
+        return self._stream(prompts, method, seed)
+
+    def _stream(self, prompts: list[tuple[Problem, list[int]]], method: Method, seed: int) -> Iterator[SearchResult]:
+        if self._searching:
+            raise EngineError("this engine is searching already: exhaust or close that iterator first, or make a second engine")
+        self._searching = True
+        waiting, running = deque(prompts), list[_Search]()
+        try:
+            while waiting or running:
+                while waiting and self.policy.num_open < self.config.max_rows:
+                    running.append(self._start(*waiting.popleft(), method, seed))
+                    self._pass_on(running[-1])
+                self._tick()
+                for search in running:
+                    self._pass_on(search)
+                done = [search for search in running if search.driver.done]
+                running = [search for search in running if not search.driver.done]
+                for search in done:
+                    yield self._result(search, method, seed)
+        finally:
+            for search in running:
+                self._abandon(search)
+            self._searching = False
+
+    def _tick(self) -> None:
+        """One forward of one model. The PRM's turn comes when more branches wait for it than for the policy: large batches pay."""
+        if self.scorer is not None and self.scorer.num_open > self.policy.num_open:
+            self.scorer.tick()
+        else:
+            self.policy.tick()
+
+    def _pass_on(self, search: _Search) -> None:
+        """Hand on what a program asks, until it waits for a model or is done."""
+        while asks := search.driver.asks():
+            for ask in asks:
+                if ask.draws:
+                    self.policy.submit(search.drawing, ask)
+                else:
+                    self.scorer.submit(search.scoring, ask)
+
+    def _prompt(self, problem: Problem, method: Method) -> list[int]:
+        """The prompt's token ids, once it is certain that the search can run."""
+        runner, config = self.policy.runner, self.config
+        ids = encode_prompt(self.tokenizer, problem.problem, config.system)
+        positions = runner.decoder.spec.max_positions
+        if len(ids) >= positions:
+            raise EngineError(f"problem {problem.id} has a prompt of {len(ids)} tokens and the policy {positions} positions: shorten it")
+        room = min(config.max_tokens, positions - len(ids), config.max_step_tokens * method.max_steps)
+        runner.refuse_unless_fits(f"problem {problem.id}", len(ids), room, method.max_steps)
+        return ids
+
+    def _start(self, problem: Problem, prompt: list[int], method: Method, seed: int) -> _Search:
+        config, ledger, nodes = self.config, Ledger.empty(), dict[int, Branch]()
+
+        def record(branch: Branch) -> None:
+            nodes[branch.identity] = branch
+
+        driver = Driver(method.program(root_branch(prompt, problem.problem)))
+        positions = self.policy.runner.decoder.spec.max_positions
+        drawing = DrawContext(
+            driver=driver,
+            sampling=Sampling(temperature=method.temperature, top_k=config.top_k, top_p=config.top_p),
+            key=philox_key(seed, problem.id),
+            limits=Limits(max_step_tokens=config.max_step_tokens, max_tokens=config.max_tokens, max_positions=positions),
+            max_steps=method.max_steps,
+            prompt_tokens=len(prompt),
+            ledger=ledger.policy,
+            drawn=record,
+        )
+        scoring = None
+        if method.uses_prm:
+            opening = self.scorer.spec.opening(problem.problem)
+            scoring = ScoreContext(driver=driver, opening=opening, ledger=ledger.prm, scored=record)
+        return _Search(problem, driver, drawing, scoring, nodes, ledger, time.perf_counter())
+
+    def _abandon(self, search: _Search) -> None:
+        search.driver.close()
+        self.policy.abandon(search.drawing)
+        if search.scoring is not None:
+            self.scorer.abandon(search.scoring)
+
+    def _result(self, search: _Search, method: Method, seed: int) -> SearchResult:
+        branches = search.driver.result
+        answers = [extract_answer(branch.solution) for branch in branches]
+        groups = self.grader.group(answers) if method.rules.grouping == "canonical" else answers
+        scores = [branch.scores for branch in branches] if method.uses_prm else None
+        aggregates = all_aggregates(groups, scores)
+        nodes = list(search.nodes.values())
+        parents = {id(node.parent) for node in nodes}
+        search.ledger.policy.tokens_unshared = sum(
+            search.drawing.prompt_tokens + node.num_tokens for node in nodes if id(node) not in parents
+        )
+        search.ledger.seconds = time.perf_counter() - search.started
+        return SearchResult(
+            problem=search.problem,
+            method=method,
+            seed=seed,
+            answer=aggregates["last_vote" if method.uses_prm else "majority"],
+            aggregates=aggregates,
+            branches=branches,
+            answers=answers,
+            groups=groups,
+            nodes=nodes,
+            ledger=search.ledger,
+        )
+
+
+def make_scorer(runner: ModelRunner, directory: Path, family: str | None) -> Scorer:
+    """The scorer of a PRM checkpoint, its family recognised from config and tensors unless named."""
+    checkpoint = Checkpoint(directory)
+    name = recognise(checkpoint.config, checkpoint.tensor_names, family)
+    spec = FAMILIES[name].bind(load_tokenizer(directory))
+    width = runner.decoder.spec.hidden_size
+    if isinstance(spec.readout, TokenPair):
+        head = PairHead.of(runner.decoder, plus_id=spec.readout.plus, minus_id=spec.readout.minus)
+        return Scorer(runner, spec, head, head_flops=2 * width)
+    return Scorer(runner, spec, TwoClassHead.load(checkpoint, width, device=runner.decoder.device), head_flops=2 * width * width + 2 * width)
+
+
+def as_problems(problems: str | Problem | Iterable[str | Problem]) -> list[Problem]:
+    """Problems as given; plain texts become problems without a known answer. Ids must differ: they seed the draws."""
+    given = [problems] if isinstance(problems, str | Problem) else list(problems)
+    made = [p if isinstance(p, Problem) else Problem(id=f"problem-{i + 1}", problem=p, answer=None) for i, p in enumerate(given)]
+    if len({problem.id for problem in made}) < len(made):
+        raise EngineError("two problems have the same id; ids name results and seed the draws, so each must be its own")
+    for problem in made:
+        if not problem.problem.strip():
+            raise EngineError(f"problem {problem.id} is empty")
+    return made

@@ -1,0 +1,125 @@
+"""Text to token ids and back: the checkpoint's own tokenizer and chat template, and the bytes each id stands for."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError
+
+# Llama's templates write today's date into the prompt unless told one; this is the default they carry.
+DATE = "26 Jul 2024"
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The directory's tokenizer (transformers' fast class, no remote code). Raises ModelError if it cannot be read.
+
+    A tokenizer.json is read as it stands. AutoTokenizer chooses a class by the *model's* type first, and that class may put its
+    own splitting rules over the file's (a Qwen2 model with any other tokenizer): it is asked only where there is no such file.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    loader = PreTrainedTokenizerFast if (Path(directory) / "tokenizer.json").is_file() else AutoTokenizer
+    try:
+        tokenizer = loader.from_pretrained(Path(directory), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises a dozen types here, from OSError to the Rust side's bare Exception
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{directory} holds no tokenizer that can be read, expected tokenizer.json: {reason}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{directory} has only a slow tokenizer; expected a tokenizer.json")
+    return tokenizer
+
+
+def encode_prompt(tokenizer: Any, problem: str, system: str | None = None) -> list[int]:
+    """Ids of the prompt up to where the policy starts to write: the chat template where there is one, else problem and newline.
+
+    Text of a special token inside `problem` or `system` stays text: then the pieces around it are encoded apart, so a merge
+    across their borders is lost in that case only. Added tokens that the checkpoint does not mark special cannot be told from text.
+    """
+    if not tokenizer.chat_template:
+        text = f"{system}\n{problem}\n" if system else f"{problem}\n"
+        return tokenizer(text, split_special_tokens=True)["input_ids"]
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": problem})
+    specials = [added.content for added in tokenizer.added_tokens_decoder.values() if added.special]
+    apart = {}  # placeholder -> the content that stands there
+    for i, message in enumerate(messages):
+        if any(special in message["content"] for special in specials):
+            placeholder = f"\ue000{i}\ue000"
+            apart[placeholder], message["content"] = message["content"], placeholder
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, date_string=DATE)
+    ids: list[int] = []
+    for placeholder, content in apart.items():
+        before, _, text = text.partition(placeholder)
+        ids += _encode(tokenizer, before) + _encode(tokenizer, content, split_special_tokens=True)
+    return ids + _encode(tokenizer, text)
+
+
+def end_ids(tokenizer: Any, directory: Path) -> list[int]:
+    """Every id that ends a text: the tokenizer's, and those of generation_config.json and config.json (a number or a list)."""
+    found = [tokenizer.eos_token_id]
+    for name in ("generation_config.json", "config.json"):
+        path = Path(directory) / name
+        if path.is_file():
+            try:
+                value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            except (ValueError, AttributeError) as error:
+                raise ModelError(f"{path} cannot be read as a JSON object: {error}") from error
+            found += value if isinstance(value, list) else [value]
+    return sorted({token for token in found if token is not None})
+
+
+def token_bytes(tokenizer: Any) -> list[bytes]:
+    """The bytes each id adds to the text, b"" for special tokens and unused ids; joined, they are what `decode` returns.
+
+    Three kinds of vocabulary, told apart by the tokenizer's decoder: byte-level BPE (GPT-2's alphabet), SentencePiece (the
+    underline for a space, <0xNN> for a byte; its decoder also drops one space at the very start of a text, which belongs to no
+    token), and plain text. Ids that a model's padded embedding has beyond the tokenizer's are not in the list.
+    """
+    spell = _spelling(tokenizer)
+    pieces = tokenizer.get_vocab()
+    silent = {id for id, added in tokenizer.added_tokens_decoder.items() if added.special}
+    table = [b""] * (max(pieces.values()) + 1)
+    for piece, id in pieces.items():
+        if id not in silent:
+            table[id] = spell(piece)
+    return table
+
+
+def _encode(tokenizer: Any, text: str, **options: bool) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, **options)["input_ids"] if text else []
+
+
+def _spelling(tokenizer: Any) -> Any:
+    """The function from a vocabulary entry to its bytes."""
+    decoder = tokenizer.backend_tokenizer.decoder
+    steps = json.loads(decoder.__getstate__()) if decoder is not None else {"type": "Fuse"}
+    steps = steps["decoders"] if steps["type"] == "Sequence" else [steps]
+    kinds = {step["type"] for step in steps}
+    if "ByteLevel" in kinds:
+        return _byte_level
+    if kinds & {"Metaspace", "ByteFallback"}:
+        return _sentence_piece
+    if kinds == {"Fuse"}:
+        return str.encode
+    raise ModelError(f"this tokenizer's decoder ({', '.join(sorted(kinds))}) is unknown; known: ByteLevel, ByteFallback, Metaspace, Fuse")
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the other 68 for the characters from U+0100 on, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(rest)}
+
+
+def _byte_level(piece: str) -> bytes:
+    """Entries with a character outside the alphabet are added tokens and stand for themselves."""
+    alphabet = _byte_alphabet()
+    return bytes(alphabet[c] for c in piece) if all(c in alphabet for c in piece) else piece.encode()
+
+
+def _sentence_piece(piece: str) -> bytes:
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("\u2581", " ").encode()

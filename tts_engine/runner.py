@@ -1,0 +1,114 @@
+"""One model with its own KV tree and cache: runs of new tokens in, hidden states out.
+
+Policy and PRM are two of these. Knows handles, tokens and tensors; nothing of branches, text or search.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .attention.base import AttentionBackend, BatchLayout
+from .errors import OutOfBlocks
+from .kv.cache import KVCache
+from .kv.tree import NO_NODE, KVTree
+from .ledger import ModelLedger
+from .models.decoder import Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Runs of consecutive new tokens, each of one node or lease; B of them, T tokens in all."""
+
+    handles: np.ndarray  # int64 [B]
+    is_lease: np.ndarray  # bool [B]
+    starts: np.ndarray  # int32 [B], own tokens of the node or lease that are written already
+    counts: np.ndarray  # int32 [B], new tokens
+    path_starts: np.ndarray  # int32 [B], tokens on the path before the node or lease
+    token_ids: np.ndarray  # int64 [T]
+
+    @property
+    def context_lens(self) -> np.ndarray:
+        """Tokens that the last token of each run sees, itself among them. int32 [B]."""
+        return self.path_starts + self.starts + self.counts
+
+
+class ModelRunner:
+    """A decoder, its KV tree and its cache under one budget of blocks."""
+
+    def __init__(self, decoder: Decoder, backend: AttentionBackend, *, num_blocks: int, block_size: int) -> None:
+        spec = decoder.spec
+        self.decoder, self.backend = decoder, backend
+        self.tree = KVTree(num_blocks=num_blocks, block_size=block_size)
+        self.cache = KVCache(num_layers=spec.num_layers, num_blocks=num_blocks, block_size=block_size, num_kv_heads=spec.num_kv_heads,
+                             head_dim=spec.head_dim, dtype=decoder.dtype, device=decoder.device)  # fmt: skip
+
+    @property
+    def block_bytes(self) -> int:
+        return self.cache.num_bytes // self.cache.num_blocks
+
+    def hold_path(self, steps: Sequence[Sequence[int]]) -> list[int] | None:
+        """The nodes of a path given as token ids step by step, made where they are missing; the last one is held.
+
+        None where the blocks cannot be had now; then nothing is held.
+        """
+        parent, nodes = NO_NODE, []
+        for tokens in steps:
+            node = self.tree.insert(parent, tokens)
+            if nodes:
+                self.tree.drop(nodes[-1])  # pinned by its child from here on, or no longer needed
+            if node == NO_NODE:
+                return None
+            nodes.append(node)
+            parent = node
+        return nodes
+
+    def forward(self, segments: Segments, read_at: np.ndarray) -> Tensor:
+        """Write the new tokens' K and V; hidden states [R, d] at read_at int64 [R], indices into the T tokens.
+
+        A run's ancestors must be written already or be runs of this forward. Marking nodes as computed is the caller's.
+        """
+        s = segments
+        row_starts = np.zeros(len(s.counts) + 1, np.int32)
+        np.cumsum(s.counts, out=row_starts[1:])
+        within = np.arange(row_starts[-1]) - np.repeat(row_starts[:-1], s.counts)
+        positions = (np.repeat(s.path_starts + s.starts, s.counts) + within).astype(np.int64)
+        lens = s.context_lens
+        layout = BatchLayout(
+            positions=positions,
+            write_slots=self.tree.write_slots(s.handles, s.is_lease, s.starts, s.counts),
+            row_starts=row_starts,
+            context_slots=self.tree.context_slots(s.handles, s.is_lease, lens),
+            context_lens=lens.astype(np.int32),
+        )
+        device = self.decoder.device
+        ids, places, reads = (torch.from_numpy(np.ascontiguousarray(x, np.int64)).to(device) for x in (s.token_ids, positions, read_at))
+        plan = self.backend.plan(layout)
+        return self.decoder.forward(ids, places, cache=self.cache, backend=self.backend, plan=plan, read_at=reads)
+
+    def charge(self, ledger: ModelLedger, *, tokens: int, context_pairs: int) -> None:
+        """Count one run into a ledger: `tokens` through the layers, `context_pairs` (query, key) pairs in attention."""
+        ledger.tokens_computed += tokens
+        ledger.linear_flops += self.decoder.spec.flops_per_token * tokens
+        ledger.attention_flops += self.decoder.spec.attention_flops_per_pair * context_pairs
+
+    def refuse_unless_fits(self, what: str, prompt_tokens: int, max_tokens: int, max_steps: int) -> None:
+        """Raise OutOfBlocks where one branch at full length could not fit an empty pool: then no eviction ever helps.
+
+        A branch is at most `max_tokens` tokens in at most `max_steps` steps, and each step may leave a block almost empty.
+        """
+        size = self.tree.block_size
+        need = -(-prompt_tokens // size) + min(max_tokens, max_tokens // size + max_steps)
+        if need > self.tree.num_blocks:
+            raise OutOfBlocks(
+                f"{what} may need {need} KV blocks of {size} tokens for a single branch ({prompt_tokens} prompt tokens, up to "
+                f"{max_tokens} tokens in {max_steps} steps) and the pool has {self.tree.num_blocks} in all "
+                f"({self.cache.num_bytes / 1e6:.1f} MB); raise kv_bytes or lower max_tokens, max_step_tokens or max_steps"
+            )
+
+
+def pairs(start: int, count: int) -> int:
+    """(query, key) pairs of `count` causal tokens behind `start` others: each sees all before it and itself."""
+    return count * start + count * (count + 1) // 2
