@@ -8,12 +8,10 @@ namespace {
 
 std::string str(int64_t value) { return std::to_string(value); }
 
-void require(bool holds, const std::string& sentence) {
-  if (!holds) throw std::invalid_argument(sentence);
-}
+[[noreturn]] void refuse(const std::string& sentence) { throw std::invalid_argument(sentence); }
 
-void invariant(bool holds, const std::string& sentence) {
-  if (!holds) throw std::logic_error("the KV tree's books are wrong: " + sentence);
+[[noreturn]] void report(const std::string& sentence) {
+  throw std::logic_error("the KV tree's books are wrong: " + sentence);
 }
 
 uint64_t mix(uint64_t hash, uint64_t value) {
@@ -51,10 +49,10 @@ struct KVTree::PinGuard {
 };
 
 KVTree::KVTree(int64_t num_blocks, int64_t block_size) : num_blocks_(num_blocks), block_size_(block_size) {
-  require(num_blocks > 0 && block_size > 0,
-          "a KV tree needs blocks and slots, got " + str(num_blocks) + " blocks of " + str(block_size) + " slots");
-  require(num_blocks <= std::numeric_limits<int32_t>::max() / block_size,
-          str(num_blocks) + " blocks of " + str(block_size) + " slots do not fit 32-bit slot numbers");
+  if (num_blocks <= 0 || block_size <= 0)
+    refuse("a KV tree needs blocks and slots, got " + str(num_blocks) + " blocks of " + str(block_size) + " slots");
+  if (num_blocks > std::numeric_limits<int32_t>::max() / block_size)
+    refuse(str(num_blocks) + " blocks of " + str(block_size) + " slots do not fit 32-bit slot numbers");
   free_.reserve(num_blocks);
   for (int64_t block = num_blocks; block-- > 0;) free_.push_back(static_cast<int32_t>(block));
 }
@@ -95,7 +93,7 @@ void KVTree::hold(int64_t handle) {
 
 void KVTree::drop(int64_t handle) {
   Node& node = nodes_[nodes_.checked(handle)];
-  require(node.holds > 0, "node " + str(handle) + " is dropped more often than it was held");
+  if (node.holds == 0) refuse("node " + str(handle) + " is dropped more often than it was held");
   --node.holds;
   touch(node, handle);
   unpin(handle);
@@ -103,8 +101,8 @@ void KVTree::drop(int64_t handle) {
 
 void KVTree::set_computed(int64_t handle, int64_t num_tokens) {
   Node& node = nodes_[nodes_.checked(handle)];
-  require(num_tokens >= 0 && num_tokens <= static_cast<int64_t>(node.tokens.size()),
-          str(num_tokens) + " computed tokens in a node of " + str(node.tokens.size()));
+  if (num_tokens < 0 || num_tokens > static_cast<int64_t>(node.tokens.size()))
+    refuse(str(num_tokens) + " computed tokens in a node of " + str(node.tokens.size()));
   node.computed = num_tokens;
 }
 
@@ -151,8 +149,8 @@ int64_t KVTree::lease(int64_t parent) {
 bool KVTree::extend(int64_t lease, int64_t num_tokens) { return extend_many(&lease, 1, num_tokens) == 1; }
 
 size_t KVTree::extend_many(const int64_t* leases, size_t num_leases, int64_t num_tokens) {
-  require(num_tokens >= 0 && num_tokens <= num_blocks_ * block_size_,
-          "a lease cannot grow by " + str(num_tokens) + " tokens in a pool of " + str(num_blocks_ * block_size_));
+  if (num_tokens < 0 || num_tokens > num_blocks_ * block_size_)
+    refuse("a lease cannot grow by " + str(num_tokens) + " tokens in a pool of " + str(num_blocks_ * block_size_));
   for (size_t i = 0; i < num_leases; ++i) leases_.checked(leases[i]);
   for (size_t i = 0; i < num_leases; ++i)
     if (!extend_checked(leases_[leases[i]], num_tokens)) return i;
@@ -174,10 +172,10 @@ bool KVTree::extend_checked(Lease& lease, int64_t num_tokens) {
 int64_t KVTree::seal(int64_t handle, const Tokens& tokens, int64_t computed) {
   Lease& lease = leases_[leases_.checked(handle)];
   const int64_t num_tokens = static_cast<int64_t>(tokens.size());
-  require(num_tokens <= lease.num_tokens,
-          "a lease with room for " + str(lease.num_tokens) + " tokens cannot be sealed with " + str(num_tokens));
-  require(computed >= 0 && computed <= num_tokens,
-          str(computed) + " computed tokens in a step of " + str(num_tokens));
+  if (num_tokens > lease.num_tokens)
+    refuse("a lease with room for " + str(lease.num_tokens) + " tokens cannot be sealed with " + str(num_tokens));
+  if (computed < 0 || computed > num_tokens)
+    refuse(str(computed) + " computed tokens in a step of " + str(num_tokens));
   const uint64_t key = child_key(lease.parent, tokens);
   int64_t node = lookup(lease.parent, tokens, key);
   if (node == kNone) {
@@ -311,9 +309,9 @@ void KVTree::context_slots(const int64_t* handles, const bool* is_lease, const i
     const Lease* open = is_lease[b] ? &leases_[leases_.checked(handles[b])] : nullptr;
     int64_t node = open ? open->parent : nodes_.checked(handles[b]);
     const int64_t last_end = nodes_[node].path_end, end = open ? last_end + open->num_tokens : last_end;
-    require(len >= 0 && len <= end && len <= static_cast<int64_t>(width),
-            "row " + str(b) + " asks for " + str(len) + " slots; its path has " + str(end) + " and the output " +
-                str(width) + " a row");
+    if (len < 0 || len > end || len > static_cast<int64_t>(width))
+      refuse("row " + str(b) + " asks for " + str(len) + " slots; its path has " + str(end) + " and the output " +
+             str(width) + " a row");
     if (open) put(open->blocks, last_end, end);
     for (int64_t path_end = last_end; node != kNone; node = nodes_[node].parent) {
       const int64_t path_start = path_end - static_cast<int64_t>(nodes_[node].tokens.size());
@@ -332,35 +330,39 @@ void KVTree::write_slots(const int64_t* handles, const bool* is_lease, const int
     const Node* closed = open ? nullptr : &nodes_[nodes_.checked(handles[b])];
     const int64_t start = starts[b], count = counts[b];
     const int64_t own = open ? open->num_tokens : static_cast<int64_t>(closed->tokens.size());
-    require(start >= 0 && count >= 0 && start + count <= own && count <= out_end - out,
-            "row " + str(b) + " asks for tokens " + str(start) + " to " + str(start + count) + " of " + str(own) +
-                " and the output has " + str(out_end - out) + " places left");
+    if (start < 0 || count < 0 || start + count > own || count > out_end - out)
+      refuse("row " + str(b) + " asks for tokens " + str(start) + " to " + str(start + count) + " of " + str(own) +
+             " and the output has " + str(out_end - out) + " places left");
     for_runs(open ? open->blocks : closed->blocks, block_size_, start, start + count, [&](int64_t slot, int64_t run) {
       for (int64_t i = 0; i < run; ++i) *out++ = slot + i;
     });
   }
-  require(out == out_end, "the output has " + str(out_end - out) + " places more than the rows have tokens");
+  if (out != out_end) refuse("the output has " + str(out_end - out) + " places more than the rows have tokens");
 }
 
 // ---- the audit
 
 void KVTree::check() const {
   std::vector<bool> seen(num_blocks_, false);
-  const auto claim = [&](const Blocks& blocks, const std::string& owner) {
+  const auto claim = [&](const Blocks& blocks, const char* noun, int64_t handle) {
     for (int32_t block : blocks) {
-      invariant(block >= 0 && block < num_blocks_ && !seen[block], "block " + str(block) + " of " + owner + " has two owners");
+      if (block < 0 || block >= num_blocks_) report(std::string(noun) + " " + str(handle) + " has a block " + str(block));
+      if (seen[block]) report("block " + str(block) + " of " + noun + " " + str(handle) + " has two owners");
       seen[block] = true;
     }
     return static_cast<int64_t>(blocks.size());
   };
+  const auto check_size = [&](const Blocks& blocks, int64_t num_tokens, const char* noun, int64_t handle) {
+    if (static_cast<int64_t>(blocks.size()) != blocks_for(num_tokens))
+      report(std::string(noun) + " " + str(handle) + " has " + str(blocks.size()) + " blocks for " + str(num_tokens) +
+             " tokens");
+  };
 
   std::unordered_map<int64_t, std::pair<int64_t, int64_t>> below;  // node -> (resident children, pins from below)
-  Counts sums = {claim(free_, "the free list"), 0, 0, 0};
+  Counts sums = {claim(free_, "free list", 0), 0, 0, 0};
   leases_.for_each([&](int64_t handle, const Lease& lease) {
-    const std::string who = "lease " + str(handle);
-    sums.filling += claim(lease.blocks, who);
-    invariant(static_cast<int64_t>(lease.blocks.size()) == blocks_for(lease.num_tokens),
-              who + " has " + str(lease.blocks.size()) + " blocks for " + str(lease.num_tokens) + " tokens");
+    sums.filling += claim(lease.blocks, "lease", handle);
+    check_size(lease.blocks, lease.num_tokens, "lease", handle);
     ++below[nodes_.checked(lease.parent)].second;
   });
   nodes_.for_each([&](int64_t, const Node& node) {
@@ -369,37 +371,37 @@ void KVTree::check() const {
     ++children;
     pins += node.pins > 0;
   });
+
   size_t num_evictable = 0;
   nodes_.for_each([&](int64_t handle, const Node& node) {
-    const std::string who = "node " + str(handle);
     const int64_t num_tokens = static_cast<int64_t>(node.tokens.size());
-    (node.pins > 0 ? sums.pinned : sums.idle) += claim(node.blocks, who);
-    invariant(static_cast<int64_t>(node.blocks.size()) == blocks_for(num_tokens),
-              who + " has " + str(node.blocks.size()) + " blocks for " + str(num_tokens) + " tokens");
-    invariant(node.computed >= 0 && node.computed <= num_tokens,
-              who + " has " + str(node.computed) + " of " + str(num_tokens) + " tokens computed");
-    invariant(node.path_end == num_tokens + (node.parent == kNone ? 0 : nodes_[node.parent].path_end),
-              who + " ends its path at " + str(node.path_end));
+    (node.pins > 0 ? sums.pinned : sums.idle) += claim(node.blocks, "node", handle);
+    check_size(node.blocks, num_tokens, "node", handle);
+    if (node.computed < 0 || node.computed > num_tokens)
+      report("node " + str(handle) + " has " + str(node.computed) + " of " + str(num_tokens) + " tokens computed");
+    if (node.path_end != num_tokens + (node.parent == kNone ? 0 : nodes_[node.parent].path_end))
+      report("node " + str(handle) + " of " + str(num_tokens) + " tokens ends its path at " + str(node.path_end));
     const auto [children, pins] = below[handle];
-    invariant(node.holds >= 0 && node.children == children && node.pins == node.holds + pins,
-              who + " counts " + str(node.children) + " children and " + str(node.pins) + " pins, found " + str(children) +
-                  " and " + str(node.holds + pins));
-    invariant(lookup(node.parent, node.tokens, node.key) == handle, who + " is not found by its tokens");
+    if (node.holds < 0 || node.children != children || node.pins != node.holds + pins)
+      report("node " + str(handle) + " counts " + str(node.children) + " children and " + str(node.pins) +
+             " pins, found " + str(children) + " and " + str(node.holds + pins));
+    if (lookup(node.parent, node.tokens, node.key) != handle)
+      report("node " + str(handle) + " is not found by its tokens");
     const bool listed = evictable_.count({node.last_use, handle}) == 1;
-    invariant(listed == (node.pins == 0 && children == 0) && listed == node.ticket.empty(),
-              who + (listed ? " is" : " is not") + " listed for eviction");
+    if (listed != (node.pins == 0 && children == 0) || listed != node.ticket.empty())
+      report("node " + str(handle) + (listed ? " is" : " is not") + " listed for eviction");
     num_evictable += listed;
   });
-  invariant(index_.size() == nodes_.size() && evictable_.size() == num_evictable,
-            str(nodes_.size()) + " nodes, " + str(index_.size()) + " indexed, " + str(evictable_.size()) + " listed of " +
-                str(num_evictable) + " evictable");
+  if (index_.size() != nodes_.size() || evictable_.size() != num_evictable)
+    report(str(nodes_.size()) + " nodes, " + str(index_.size()) + " indexed, " + str(evictable_.size()) +
+           " listed of " + str(num_evictable) + " evictable");
 
   const Counts now = counts();
-  invariant(now.free == sums.free && now.filling == sums.filling && now.pinned == sums.pinned && now.idle == sums.idle &&
-                now.free + now.filling + now.pinned + now.idle == num_blocks_,
-            "counted " + str(now.free) + " free + " + str(now.filling) + " filling + " + str(now.pinned) + " pinned + " +
-                str(now.idle) + " idle of " + str(num_blocks_) + ", found " + str(sums.free) + " + " + str(sums.filling) +
-                " + " + str(sums.pinned) + " + " + str(sums.idle));
+  if (now.free != sums.free || now.filling != sums.filling || now.pinned != sums.pinned || now.idle != sums.idle ||
+      now.free + now.filling + now.pinned + now.idle != num_blocks_)
+    report("counted " + str(now.free) + " free + " + str(now.filling) + " filling + " + str(now.pinned) +
+           " pinned + " + str(now.idle) + " idle of " + str(num_blocks_) + " blocks, found " + str(sums.free) + " + " +
+           str(sums.filling) + " + " + str(sums.pinned) + " + " + str(sums.idle));
 }
 
 }  // namespace tts

@@ -21,7 +21,7 @@ from .branch import Branch, root_branch
 from .errors import EngineError
 from .ledger import Ledger
 from .models.heads import PairHead, TwoClassHead
-from .models.tokenizer import encode_prompt, eos_ids, load_tokenizer, token_bytes
+from .models.tokenizer import encode_prompt, end_ids, load_tokenizer, token_bytes
 from .models.weights import Checkpoint, load_decoder, resolve_checkpoint
 from .policy import DrawContext, Limits, Policy, StepRule
 from .prm.families import FAMILIES, recognise
@@ -122,7 +122,7 @@ class Engine:
         spec = decoders[0].spec
         if not spec.lm_head:
             raise EngineError(f"{policy} is a reward model ({spec.architecture}) and cannot write: give it as the PRM")
-        rule = StepRule(token_bytes(tokenizer), sorted(eos_ids(tokenizer, directories[0])), spec.vocab_size)
+        rule = StepRule(token_bytes(tokenizer), end_ids(tokenizer, directories[0]), spec.vocab_size)
         scorer = make_scorer(runners[1], directories[1], config.prm_family) if prm is not None else None
         return cls(config, Policy(runners[0], rule, max_rows=config.max_rows), scorer, tokenizer, Grader())
 
@@ -135,6 +135,16 @@ class Engine:
     def close(self) -> None:
         """End the grader's worker, if one was started."""
         self.grader.close()
+
+    def forget(self) -> None:
+        """Drop all idle KV, so that the next search pays its own way. Speed and the ledger change, results do not."""
+        for runner in self.runners:
+            runner.tree.evict_all()
+
+    @property
+    def runners(self) -> list[ModelRunner]:
+        """The policy's, and the PRM's where there is one."""
+        return [self.policy.runner] + ([self.scorer.runner] if self.scorer is not None else [])
 
     def search(self, problems: str | Problem | Sequence[str | Problem], method: Method, *, seed: int = 0) -> list[SearchResult]:
         """Search all problems side by side; one result each, in their order."""

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from ..models.tokenizer import load_tokenizer
 from ..prm.families import FAMILIES
 from ..prm.spec import TokenPair
+from ..tasks.problems import load_task
+from .check import publish
 from .corpus import (FIRST_ERROR, GOOD, IGNORE, LATER_ERROR, Trajectory, batches, corrupted_gold, labelled, labelled_rows, solved_rows,
                      training_programs)  # fmt: skip
 from .recipe import POLICIES, PRMS, SAMPLES, PolicyRecipe, PRMRecipe
@@ -178,6 +180,7 @@ def train_all(out: Path, work: Path, log=print) -> None:
                  (["policy-l", "prm-poor"], ["policy-s", "policy-m", "samples", "prm-good"])]  # fmt: skip
         for lane in lanes:
             lane.result()
+    publish(out, load_task("embedded", "calibration"), log)
     log(f"the embedded models are in {out}")
 
 

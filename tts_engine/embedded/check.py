@@ -1,0 +1,212 @@
+"""Measures the embedded models on calibration problems, and tells whether they are still what their README says.
+
+Figures are estimates with their standard errors over problems, draws of one problem never taken for independent.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+from ..engine import Engine
+from ..errors import EngineError
+from ..results import SearchResult
+from ..search import BestOfN, Cot, Majority
+from ..search.voting import majority
+from ..tasks.problems import Problem, load_task
+from ..tasks.programs import step_labels
+from . import BLOCK_SIZE, MODELS
+
+POLICIES = ("policy-s", "policy-m", "policy-l")
+PRMS = ("prm-good", "prm-poor")
+DRAWS = 64
+PRM_DRAWS = 4  # trajectories a problem whose steps the PRMs judge
+BINS = {"easy": (0.5, 1.01), "medium": (0.1, 0.5), "hard": (0.0, 0.1)}  # of a problem's own pass@1
+CONFIDENCE = 0.999  # of `check`
+BOOTSTRAPS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """An estimate and its standard error."""
+
+    value: float
+    error: float
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        z = NormalDist().inv_cdf(0.5 + confidence / 2)
+        return max(0.0, self.value - z * self.error), min(1.0, self.value + z * self.error)
+
+    def __str__(self) -> str:
+        low, high = self.interval()
+        return f"{100 * self.value:.1f} ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def mean(values: list[float]) -> Figure:
+    """A mean over problems of values in [0, 1]. Its error is taken with two more successes and two more failures (Agresti and
+    Coull), so that it does not vanish where all problems agree."""
+    padded = np.array([*values, 0.0, 0.0, 1.0, 1.0])
+    return Figure(sum(values) / len(values), float(padded.std() / math.sqrt(len(padded))))
+
+
+def measure_policy(engine: Engine, problems: list[Problem]) -> dict[str, Figure]:
+    """greedy, pass@1, majority@64, pass@64: over all problems and by level; the share of problems in each pass@1 bin."""
+    greedy = [float(r.answer == r.problem.answer) for r in engine.search(problems, Cot())]
+    draws = engine.search(problems, Majority(n=DRAWS))
+    rates = [sum(a == r.problem.answer for a in r.answers) / DRAWS for r in draws]
+    columns = {
+        "greedy": greedy,
+        "pass@1": rates,
+        f"majority@{DRAWS}": [float(majority(r.answers) == r.problem.answer) for r in draws],
+        f"pass@{DRAWS}": [float(rate > 0) for rate in rates],
+    }
+    figures = {}
+    for name, values in columns.items():
+        figures[name] = mean(values)
+        for level in sorted({p.level for p in problems}):
+            figures[f"{name}, level {level}"] = mean([v for v, p in zip(values, problems, strict=True) if p.level == level])
+    for name, (low, high) in BINS.items():
+        figures[f"bin {name}"] = mean([float(low <= rate < high) for rate in rates])
+    return figures
+
+
+def measure_prm(engine: Engine, problems: list[Problem]) -> Figure:
+    """How well scores tell first errors from the good steps before them: area under the ROC curve, resampled by problem."""
+    per_problem = [_judged(result) for result in engine.search(problems, BestOfN(n=PRM_DRAWS))]
+    rng = np.random.default_rng(0)
+    resampled = [_auc([per_problem[i] for i in rng.integers(len(per_problem), size=len(per_problem))]) for _ in range(BOOTSTRAPS)]
+    return Figure(_auc(per_problem), float(np.std(resampled)))
+
+
+def measure(models: Path, problems: list[Problem], log: Callable[[str], None] = print) -> dict[str, Figure]:
+    """Every figure by "model: name"."""
+    figures: dict[str, Figure] = {}
+    for policy in POLICIES:
+        with Engine.from_pretrained(models / policy, block_size=BLOCK_SIZE) as engine:
+            figures |= {f"{policy}: {name}": figure for name, figure in measure_policy(engine, problems).items()}
+        log(f"{policy}: greedy {figures[f'{policy}: greedy']}, pass@1 {figures[f'{policy}: pass@1']}")
+        for prm in PRMS:
+            with Engine.from_pretrained(models / policy, models / prm, block_size=BLOCK_SIZE) as engine:
+                figures[f"{prm}: AUC on {policy}"] = figure = measure_prm(engine, problems)
+            log(f"{prm}: step AUC on samples of {policy} {figure}")
+    return figures
+
+
+def check(problems: int | None = None, log: Callable[[str], None] = print, models: Path = MODELS) -> dict[str, Figure]:
+    """Measure anew on the first `problems` calibration problems (None: all) and compare with the figures that ship.
+
+    Raises EngineError naming every figure whose 99.9 % interval does not hold what ships.
+    """
+    shipped = {name: Figure(**figure) for name, figure in json.loads((models / "figures.json").read_text())["figures"].items()}
+    figures = measure(models, load_task("embedded", "calibration", problems), log)
+    z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
+    strays = [
+        f"{name} is {figure}, shipped as {shipped[name]}"
+        for name, figure in figures.items()
+        if abs(figure.value - shipped[name].value) > z * math.hypot(figure.error, shipped[name].error)
+    ]
+    if strays:
+        raise EngineError(f"the embedded models are not what they were: {'; '.join(strays)}")
+    log(f"all {len(figures)} figures agree with those that ship")
+    return figures
+
+
+def publish(models: Path, problems: list[Problem], log: Callable[[str], None] = print) -> None:
+    """Measure and write figures.json and the models' README."""
+    figures = measure(models, problems, log)
+    record = {"problems": len(problems), "figures": {n: {"value": f.value, "error": f.error} for n, f in figures.items()}}
+    (models / "figures.json").write_text(json.dumps(record, indent=1) + "\n")
+    (models / "README.md").write_text(readme(figures, len(problems), models))
+
+
+def ship_test(figures: dict[str, Figure]) -> list[tuple[str, float, bool]]:
+    """The bets made before training: (what was asked, what was measured, holds)."""
+
+    def value(name: str) -> float:
+        return figures[name].value
+
+    small, large = value("policy-s: greedy"), value("policy-l: greedy")
+    bets = [
+        ("policy-s greedy 20 to 40 %", small, 0.20 <= small <= 0.40),
+        ("policy-l greedy 45 to 65 %", large, 0.45 <= large <= 0.65),
+        ("their gap 15 to 30 points", large - small, 0.15 <= large - small <= 0.30),
+    ]
+    for policy, least in (("policy-s", 0.15), ("policy-l", 0.05)):
+        room = value(f"{policy}: pass@{DRAWS}") - value(f"{policy}: majority@{DRAWS}")
+        bets.append((f"{policy} pass@{DRAWS} minus majority@{DRAWS} at least {100 * least:.0f} points", room, room >= least))
+    for policy in ("policy-s", "policy-m"):
+        smallest = min(value(f"{policy}: bin {name}") for name in BINS)
+        bets.append((f"{policy}: each pass@1 bin holds at least 15 % of problems", smallest, smallest >= 0.15))
+    for policy in POLICIES:
+        auc = value(f"prm-good: AUC on {policy}")
+        bets.append((f"prm-good step AUC on {policy} at least 85 %", auc, auc >= 0.85))
+    return bets
+
+
+def readme(figures: dict[str, Figure], num_problems: int, models: Path) -> str:
+    """The models' README; every number in it is generated."""
+    names = ["greedy", "pass@1", f"majority@{DRAWS}", f"pass@{DRAWS}"]
+    levels = ["", ", level 1", ", level 2", ", level 3"]
+    lines = [
+        "# The embedded models",
+        "",
+        "Made by `tts-engine embedded train` and measured by it; do not edit. The task: straight-line integer programs "
+        "(`tts_engine/tasks/programs.py`), three levels of 2-3, 3-5 and 5-8 operations. Sizes, budgets and seeds: "
+        "`tts_engine/embedded/recipe.py`.",
+        "",
+        f"Percent with 95 % intervals over {num_problems} calibration problems; draws at temperature 0.7.",
+        "",
+        "| policy | parameters | figure | all | level 1 | level 2 | level 3 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for policy in POLICIES:
+        size = _num_parameters(models / policy)
+        lines += [
+            f"| {policy} | {size / 1e6:.2f} M | {name} | " + " | ".join(str(figures[f"{policy}: {name}{level}"]) for level in levels) + " |"
+            for name in names
+        ]
+    lines += ["", "Share of problems by the policy's own pass@1 (easy: 50 % and more, hard: below 10 %):", ""]
+    lines += ["| policy | easy | medium | hard |", "|---|---|---|---|"]
+    lines += [f"| {policy} | " + " | ".join(str(figures[f"{policy}: bin {name}"]) for name in BINS) + " |" for policy in POLICIES]
+    lines += ["", f"Step AUC of the PRMs (first errors against the good steps before them, {PRM_DRAWS} samples a problem):", ""]
+    lines += ["| PRM | parameters | " + " | ".join(f"on {policy}" for policy in POLICIES) + " |", "|---|---|---|---|---|"]
+    for prm in PRMS:
+        size = _num_parameters(models / prm)
+        lines.append(f"| {prm} | {size / 1e6:.2f} M | " + " | ".join(str(figures[f"{prm}: AUC on {policy}"]) for policy in POLICIES) + " |")
+    lines += ["", "What was asked of them before they were trained (chosen on calibration problems only):", ""]
+    lines += ["| asked | measured | holds |", "|---|---|---|"]
+    lines += [f"| {asked} | {100 * value:.1f} | {'yes' if holds else 'no'} |" for asked, value, holds in ship_test(figures)]
+    return "\n".join(lines) + "\n"
+
+
+def _judged(result: SearchResult) -> list[tuple[float, bool]]:
+    """(score, good) of the steps of each trajectory up to its first error."""
+    pairs = []
+    for branch in result.branches:
+        labels = step_labels(result.problem.program, [step.text.strip() for step in branch.steps])
+        for score, good in zip(branch.scores, labels, strict=True):
+            pairs.append((score, good))
+            if not good:
+                break
+    return pairs
+
+
+def _auc(groups: list[list[tuple[float, bool]]]) -> float:
+    """The chance that a good step outscores a first error, ties counting half."""
+    pairs = [pair for group in groups for pair in group]
+    scores = np.array([score for score, _ in pairs])
+    good = np.array([label for _, label in pairs], bool)
+    ordered = np.sort(scores[~good])
+    wins = np.searchsorted(ordered, scores[good], "left") + np.searchsorted(ordered, scores[good], "right")
+    return float(wins.mean() / (2 * len(ordered)))
+
+
+def _num_parameters(directory: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(directory / "model.safetensors", "np") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - not a mapping
