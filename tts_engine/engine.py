@@ -210,6 +210,9 @@ class Engine:
             raise EngineError(f"problem {problem.id} has a prompt of {len(ids)} tokens and the policy {positions} positions: shorten it")
         room = min(config.max_tokens, positions - len(ids), config.max_step_tokens * method.max_steps)
         runner.refuse_unless_fits(f"problem {problem.id}", len(ids), room, method.max_steps)
+        if method.uses_prm:  # as the PRM reads it, taking its tokens for as long as the policy's
+            opening, marker = len(self.scorer.spec.opening(problem.problem)), len(self.scorer.spec.step("", False))
+            self.scorer.runner.refuse_unless_fits(f"problem {problem.id}", opening, room + marker * method.max_steps, method.max_steps)
         return ids
 
     def _start(self, problem: Problem, prompt: list[int], method: Method, seed: int) -> _Search:

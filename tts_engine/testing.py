@@ -1,8 +1,10 @@
 """Doubles and makers that tests and benches share. Part of the package so that no test copies them."""
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from .branch import Branch, Finish, root_branch
@@ -193,3 +195,76 @@ def run_rows(decoder: Any, backend: Any, cache: Any, slots: Sequence[Sequence[in
     ids = torch.tensor([t for path, count in zip(tokens, new, strict=True) for t in path[len(path) - count :]])
     return decoder.forward(ids, torch.from_numpy(layout.positions), cache=cache, backend=backend, plan=backend.plan(layout),
                            read_at=torch.arange(len(ids)))  # fmt: skip
+
+
+# --- small random checkpoints that an engine can load: a policy and both kinds of PRM, with the embedded tokenizer ---------
+
+LEANING = 6.0  # the constant that every token's embedding holds in its first place, see `lean`
+
+
+def random_policy_directory(directory: Path, *, seed: int = 0, leans: dict[str, float] | None = None, family: str = "qwen2",
+                            **sizes: Any) -> Any:  # fmt: skip
+    """Save a random policy into `directory`, tokenizer and all; the transformers model.
+
+    leans: token -> what is added to its logit wherever it stands, about; by default steps and texts end after a dozen tokens.
+    """
+    from .embedded.tokenizer import END, PAD, QWEN_MARKER, SHEPHERD_TAG, STEP_END, build_tokenizer, save_tokenizer
+
+    tokenizer = build_tokenizer()
+    model = random_model(family, seed=seed, **_SMALL | {"vocab_size": tokenizer.get_vocab_size()} | sizes)
+    leans = {STEP_END: 2.0, END: 0.5, PAD: -9.0, QWEN_MARKER: -9.0, SHEPHERD_TAG: -9.0, "<unk>": -9.0} | (leans or {})
+    _lean(model, {tokenizer.token_to_id(token): lean for token, lean in leans.items()})
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return model
+
+
+def random_prm_directory(directory: Path, kind: str, *, seed: int = 0, **sizes: Any) -> Any:
+    """Save a random PRM of the family `kind` into `directory`; the transformers model whose hidden states it reads.
+
+    "qwen2.5-math-prm" has a two-class head in the tensors score.0 and score.2 and no vocabulary head; "math-shepherd" is a
+    causal language model whose config.json says so.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from .embedded.tokenizer import build_tokenizer, save_tokenizer
+
+    family = {"qwen2.5-math-prm": "qwen2", "math-shepherd": "llama"}[kind]
+    model = random_model(family, seed=seed, **_SMALL | {"vocab_size": build_tokenizer().get_vocab_size()} | sizes)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    if kind == "math-shepherd":
+        config["prm_family"] = kind
+    else:
+        config["architectures"] = ["Qwen2ForProcessRewardModel"]
+        del tensors["lm_head.weight"]
+        random, d = torch.Generator().manual_seed(seed), model.config.hidden_size
+        for name, shape in {"score.0.weight": (d, d), "score.0.bias": (d,), "score.2.weight": (2, d), "score.2.bias": (2,)}.items():
+            tensors[name] = torch.randn(shape, generator=random) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.3)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
+    save_tokenizer(directory)
+    return model
+
+
+_SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+          "max_position_embeddings": 512, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 0,
+          "pad_token_id": 1}  # fmt: skip
+
+
+def _lean(model: Any, leans: dict[int, float]) -> None:
+    """Add about leans[v] to every logit of token v: hidden place 0 becomes a constant that no layer writes to."""
+    import torch
+
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = LEANING
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0
+            layer.mlp.down_proj.weight[0] = 0
+        model.model.norm.weight[0] = 1
+        model.lm_head.weight[:, 0] = 0
+        for token, lean in leans.items():
+            model.lm_head.weight[token, 0] = lean / 3  # LEANING over the size of a hidden unit, about 2

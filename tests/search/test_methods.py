@@ -12,7 +12,6 @@ from tts_engine.errors import EngineError
 from tts_engine.search import METHODS, PRESETS, SAL, BeamSearch, Cot, Dvts, MethodError, make_method
 from tts_engine.testing import play_method, random_policy, random_prm
 
-
 UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)  # a smaller seed is no simpler script
 
 

@@ -1,0 +1,121 @@
+"""What runs cost and what they got right: one cell a run, one table for all."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from ..ledger import Ledger, PolicyLedger, PRMLedger
+from .intervals import wilson
+from .text import figures, percent
+
+GIGA = 1e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One policy under one method. `correct` says for each problem, in the order of `ids`, whether it was solved."""
+
+    policy: str
+    method: str
+    n: int
+    uses_prm: bool
+    ids: tuple[str, ...]
+    correct: tuple[bool, ...]
+    ledger: Ledger  # of all problems; its seconds are the run's
+
+    @property
+    def label(self) -> str:
+        return self.method if self.method == "cot" else f"{self.method} n={self.n}"
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.correct) / len(self.correct)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(sum(self.correct), len(self.correct))
+
+    @property
+    def gflop(self) -> float:
+        """Policy and PRM, over all problems."""
+        return self.ledger.flops / GIGA
+
+    @property
+    def gflop_per_problem(self) -> float:
+        return self.gflop / len(self.correct)
+
+    @property
+    def correct_per_gflop(self) -> float:
+        return sum(self.correct) / self.gflop if self.gflop else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON."""
+        low, high = self.interval
+        return {
+            "policy": self.policy, "method": self.method, "n": self.n, "problems": len(self.correct), "correct": sum(self.correct),
+            "accuracy": self.accuracy, "interval_95": [low, high], "gflop_per_problem": self.gflop_per_problem,
+            "correct_per_gflop": self.correct_per_gflop, "ledger": self.ledger.as_dict(),
+        }  # fmt: skip
+
+
+def cell_of(records: Iterable[dict[str, Any]], policy: str, uses_prm: bool) -> Cell:
+    """The cell of one run's records, in order of their ids. A problem that failed was not solved."""
+    ordered = sorted(records, key=lambda record: record["id"])
+    total = Ledger.empty()
+    for record in ordered:
+        if record["ledger"]:
+            total.add(_ledger(record["ledger"]))
+    total.seconds = sum(record["seconds"] for record in ordered)
+    return Cell(
+        policy=policy,
+        method=ordered[0]["method"]["name"],
+        n=ordered[0]["method"].get("n", 1),
+        uses_prm=uses_prm,
+        ids=tuple(record["id"] for record in ordered),
+        correct=tuple(bool(record["correct"]) for record in ordered),
+        ledger=total,
+    )
+
+
+def _ledger(record: dict[str, Any]) -> Ledger:
+    parts = {"policy": PolicyLedger, "prm": PRMLedger}
+    counts = {name: part(**{f.name: record[name][f.name] for f in fields(part)}) for name, part in parts.items()}
+    return Ledger(**counts)
+
+
+def prm_only(show: Callable[[Cell], str]) -> Callable[[Cell], str]:
+    return lambda cell: show(cell) if cell.uses_prm else "-"
+
+
+COLUMNS: list[tuple[str, Callable[[Cell], str]]] = [
+    ("policy", lambda c: c.policy),
+    ("method", lambda c: c.method),
+    ("n", lambda c: str(c.n)),
+    ("accuracy %\n(95 %)", lambda c: percent(c.accuracy, c.interval)),
+    ("generated\nk tokens", lambda c: figures(c.ledger.policy.tokens_generated / 1e3)),
+    ("PRM read\nk tokens", prm_only(lambda c: figures(c.ledger.prm.tokens_computed / 1e3))),
+    ("if re-read\nk tokens", prm_only(lambda c: figures(c.ledger.prm.tokens_reread / 1e3))),
+    ("policy\nGFLOP", lambda c: figures(c.ledger.policy.flops / GIGA)),
+    ("PRM\nGFLOP", prm_only(lambda c: figures(c.ledger.prm.flops / GIGA))),
+    ("correct\n/ GFLOP", lambda c: figures(c.correct_per_gflop)),
+    ("time\ns", lambda c: f"{c.ledger.seconds:.1f}"),
+]
+
+
+def rows(cells: Sequence[Cell]) -> list[list[str]]:
+    """The table as plain text, its heading first."""
+    return [[heading.replace("\n", " ") for heading, _ in COLUMNS]] + [[show(cell) for _, show in COLUMNS] for cell in cells]
+
+
+def table(cells: Sequence[Cell], title: str | None = None) -> Table:
+    """The same for a terminal; a line between policies."""
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for i, (heading, _) in enumerate(COLUMNS):
+        drawn.add_column(heading, justify="left" if i < 2 else "right", no_wrap=True, vertical="bottom")
+    for i, cell in enumerate(cells):
+        last = i + 1 == len(cells) or cells[i + 1].policy != cell.policy
+        drawn.add_row(*(show(cell) for _, show in COLUMNS), end_section=last)
+    return drawn

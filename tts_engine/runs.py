@@ -1,0 +1,335 @@
+"""A run on disk: what was asked (run.json) and what came of it (problems.jsonl, one line a finished problem, only ever appended).
+
+A line is written whole and flushed to the disk before the next problem counts, so a run killed at any moment goes on where it
+stopped: at most its last line is torn, and opening the run cuts that off.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from . import __version__
+from .engine import Engine, EngineConfig
+from .errors import EngineError, RunError
+from .models.spec import DecoderSpec
+from .models.weights import Checkpoint
+from .report.tree import in_order
+from .results import SearchResult
+from .search import Method
+from .tasks.grader import Grader
+from .tasks.problems import Problem
+
+SCHEMA_VERSION = 1
+RUN, PROBLEMS = "run.json", "problems.jsonl"
+NOT_COMPARED = ("made", "policy.name", "prm.name")  # when and where, and what a model's directory is called
+MOST_DIFFERENCES = 4
+
+
+def describe_run(
+    *, policy: Path, prm: Path | None, config: EngineConfig, method: Method, seed: int,
+    task: str, split: str, limit: int | None, problems: Sequence[Problem],
+) -> dict[str, Any]:  # fmt: skip
+    """What run.json holds. `problems` are all of the task's split; `limit` says how many of them are asked."""
+    texts = json.dumps([[p.id, p.problem, p.answer, p.level] for p in problems])
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "task": {"name": task, "split": split, "limit": limit, "sha256": hashlib.sha256(texts.encode()).hexdigest()},
+        "method": describe_method(method),
+        "seed": seed,
+        "engine": asdict(config),
+        "policy": describe_model(policy),
+        "prm": describe_model(prm) if prm is not None else None,
+        "versions": {"tts_engine": __version__, "python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "transformers")},
+        "made": {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": platform.machine()},
+    }
+
+
+def describe_method(method: Method) -> dict[str, Any]:
+    return {"name": method.name, **asdict(method)}  # type: ignore[call-overload]
+
+
+def describe_model(directory: Path) -> dict[str, Any]:
+    """A checkpoint's size, and the sha256 of every file that decides what it does."""
+    checkpoint = Checkpoint(directory)
+    spec = DecoderSpec.from_hf(checkpoint.config, str(directory))
+    files = sorted(path for path in checkpoint.directory.iterdir() if path.suffix in (".json", ".safetensors", ".jinja", ".model"))
+    return {
+        "name": checkpoint.directory.name,
+        "architecture": spec.architecture,
+        "parameters": spec.num_parameters,
+        "bytes": sum(path.stat().st_size for path in files),
+        "sha256": {path.name: _sha256(path) for path in files},
+    }
+
+
+def describe_result(result: SearchResult, grader: Grader) -> dict[str, Any]:
+    """A finished problem for problems.jsonl: every step drawn as a node, the vote, the verdicts, the cost.
+
+    nodes[i]["parent"] is an index into nodes, always below i, or -1 for the prompt. Raises MissingExtra where a verdict takes
+    math-verify and it is not installed.
+    """
+    nodes = in_order(result.nodes)
+    place = {0: -1} | {node.identity: i for i, node in enumerate(nodes)}
+    gold = result.problem.answer
+    root = nodes[0].path[0] if nodes else None
+
+    def verdict(answer: str | None) -> bool | None:
+        return None if gold is None else grader.equal(gold, answer)
+
+    return _header(result.problem, result.method, result.seed) | {
+        "answer": result.answer,
+        "correct": verdict(result.answer),
+        "aggregates": {name: {"answer": answer, "correct": verdict(answer)} for name, answer in result.aggregates.items()},
+        "branches": [
+            {"node": place[branch.identity], "answer": answer, "group": group}
+            for branch, answer, group in zip(result.branches, result.answers, result.groups, strict=True)
+        ],
+        "prompt_tokens": list(root.tokens) if root else [],
+        "nodes": [
+            {
+                "parent": place[node.parent.identity] if node.parent is not None else -1,
+                "tokens": list(node.tokens),
+                "text": node.text,
+                "score": node.score,
+                "finish": node.finish,
+                "identity": f"{node.identity:016x}",
+                "lane": list(node.lane),
+                "draw": node.draw,
+            }
+            for node in nodes
+        ],
+        "ledger": result.ledger.as_dict(),
+        "error": None,
+    }
+
+
+def describe_failure(problem: Problem, method: Method, seed: int, error: EngineError) -> dict[str, Any]:
+    """A problem that could not be searched, in the same form; it counts as not solved."""
+    empty: dict[str, Any] = {"aggregates": {}, "branches": [], "prompt_tokens": [], "nodes": [], "ledger": None}
+    return _header(problem, method, seed) | {"answer": None, "correct": False} | empty | {"error": str(error)}
+
+
+def _header(problem: Problem, method: Method, seed: int) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "id": problem.id,
+        "problem": problem.problem,
+        "gold": problem.answer,
+        "level": problem.level,
+        "method": describe_method(method),
+        "seed": seed,
+    }
+
+
+class Run:
+    """A run directory, open for appending by one process. `records` are those it holds."""
+
+    def __init__(self, directory: Path, description: dict[str, Any]) -> None:
+        """Open or make it. Raises RunError where another process writes it, it is damaged, or it was made with other settings."""
+        self.directory = Path(directory)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.directory / PROBLEMS, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunError(f"{self.directory} cannot be used as a run's directory: {error.strerror}") from error
+        try:
+            self._lock()
+            self.records, self._end = _read_lines(self.directory / PROBLEMS)
+            self._settle(description)
+            os.ftruncate(self._file, self._end)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others write the run."""
+        os.close(self._file)
+
+    @property
+    def done(self) -> set[str]:
+        """Ids of the problems that need no more work."""
+        return {record["id"] for record in self.records}
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Put one finished problem on the disk. Raises RunError where it cannot be written; the run stays as it was."""
+        line = _line(record)
+        try:
+            written = os.write(self._file, line)
+            if written < len(line):
+                raise OSError(None, f"only {written} of {len(line)} bytes were written")
+            os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, self._end)
+            raise RunError(f"{self.directory / PROBLEMS} cannot be written ({error.strerror}); {len(self.records)} problems are "
+                           "safe in it: make room and run the same command again") from error  # fmt: skip
+        self._end += len(line)
+        self.records.append(record)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"another process is writing {self.directory}: wait for it, or choose another --out") from None
+
+    def _settle(self, description: dict[str, Any]) -> None:
+        """Write run.json, or find the one there to say the same."""
+        file = self.directory / RUN
+        if not file.exists():
+            if self.records:
+                raise RunError(f"{self.directory} holds {PROBLEMS} and no {RUN}, so nobody knows its settings: choose another --out")
+            _write_whole(file, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
+            return
+        refuse_unless_same(self.directory, read_description(self.directory), description)
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """A run's run.json. Raises RunError where there is none that can be read."""
+    file = Path(directory) / RUN
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} cannot be read: {getattr(error, 'strerror', None) or 'not JSON'}") from error
+    if not isinstance(description, dict):
+        raise RunError(f"{file} is no description of a run")
+    return description
+
+
+def read_run(directory: Path) -> Iterator[dict[str, Any]]:
+    """The records of a run, finished or not, whoever writes it now; a torn last line is left out."""
+    yield from _read_lines(Path(directory) / PROBLEMS)[0]
+
+
+def refuse_unless_same(directory: Path, made: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise RunError naming what differs between a run as it was made and as it is asked for."""
+    before, now = _flat(made), _flat(asked)
+    keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key) and not key.startswith(NOT_COMPARED)]
+    if not keys:
+        return
+    named = keys[:MOST_DIFFERENCES]
+    have, want = (" and ".join(f"{_setting(key)}={_value(side.get(key))}" for key in named) for side in (before, now))
+    more = f" (and {len(keys) - len(named)} settings more)" if len(keys) > len(named) else ""
+    raise RunError(f"{directory} was made with {have}, not {want}{more}; repeat its settings to continue it, or choose another --out")
+
+
+def evaluate(engine: Engine, problems: Sequence[Problem], method: Method, run: Run, *, seed: int) -> Iterator[dict[str, Any]]:
+    """Search what the run lacks; each record once it is on the disk.
+
+    A problem that can never fit is recorded as an error and the rest go on; where none fits, that is an error of the settings
+    and raised. `seconds` of a record is the time since the one before it, so they add up to the time the run took.
+    """
+    done = run.done
+    waiting = [problem for problem in problems if problem.id not in done]
+    refused = {problem.id: error for problem in waiting if (error := _refusal(engine, problem, method, seed))}
+    if waiting and len(refused) == len(waiting):
+        raise next(iter(refused.values()))
+    mark = time.perf_counter()
+
+    def finished(record: dict[str, Any]) -> dict[str, Any]:
+        nonlocal mark
+        now = time.perf_counter()
+        record["seconds"], mark = round(now - mark, 6), now
+        run.append(record)
+        return record
+
+    for problem in waiting:
+        if problem.id in refused:
+            yield finished(describe_failure(problem, method, seed, refused[problem.id]))
+    for result in engine.stream([problem for problem in waiting if problem.id not in refused], method, seed=seed):
+        yield finished(describe_result(result, engine.grader))
+
+
+def _refusal(engine: Engine, problem: Problem, method: Method, seed: int) -> EngineError | None:
+    """Why this problem cannot be searched; None where it can. Nothing is computed."""
+    try:
+        engine.stream(problem, method, seed=seed)
+    except EngineError as error:
+        return error
+    return None
+
+
+def _read_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """The whole records of a journal, and the bytes they take; what a kill left of a last line is not in either."""
+    try:
+        lines = file.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise RunError(f"{file} cannot be read: {error.strerror}") from error
+    records: list[dict[str, Any]] = []
+    end = 0
+    for number, line in enumerate(lines, start=1):
+        record = _record(line)
+        if record is None:
+            if number == len(lines):
+                break
+            raise RunError(f"{file} line {number} is damaged: only the last line of a run may be torn")
+        records.append(record)
+        end += len(line)
+    return records, end
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "id" in record else None
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """All of it or nothing, whatever happens meanwhile."""
+    part = file.with_suffix(".part")
+    with part.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    part.replace(file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"method": {"n": 4}} -> {"method.n": 4}"""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _setting(key: str) -> str:
+    """As the command line calls it, where it does."""
+    if key in ("method.name", "task.name"):
+        return key.removesuffix(".name")
+    for room in ("method.rules.", "method.", "engine."):
+        key = key.removeprefix(room)
+    return key
+
+
+def _value(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text[:12] + "..." if len(text) == 64 and math.isfinite(len(text)) else text
