@@ -55,8 +55,9 @@ def imported_rooms(source: str, module: str, is_package: bool) -> set[str]:
             parts = module.split(".")
             base = parts[: len(parts) + is_package - node.level] if node.level else []
             origin = ".".join(base + ([node.module] if node.module else []))
-            if origin == "tts_engine":  # what it brings is a room where there is one of that name, else part of the package's face
-                origins += [f"{origin}.{alias.name}" if alias.name in FLOOR else origin for alias in node.names]
+            if origin == "tts_engine":  # brings a room where there is one of that name, else a part of the package's face
+                names = [alias.name for alias in node.names if alias.name != "__version__"]  # a constant, free to all
+                origins += [f"{origin}.{name}" if name in FLOOR else origin for name in names]
             else:
                 origins.append(origin)
     return {room(origin) for origin in origins if origin.split(".")[0] == "tts_engine"}

@@ -10,6 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import tts_engine
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#")
@@ -22,6 +24,10 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_py_typed_ships():
     assert (ROOT / "tts_engine" / "py.typed").is_file()
     assert "py.typed" in CONFIG["tool"]["setuptools"]["package-data"]["tts_engine"]
+
+
+def test_the_package_and_its_metadata_name_one_version():
+    assert tts_engine.__version__ == CONFIG["project"]["version"]
 
 
 def test_help_imports_no_torch():

@@ -7,7 +7,6 @@ stopped: at most its last line is torn, and opening the run cuts that off.
 import fcntl
 import hashlib
 import json
-import math
 import os
 import platform
 import time
@@ -18,7 +17,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from . import __version__
 from .engine import Engine, EngineConfig
 from .errors import EngineError, RunError
 from .models.spec import DecoderSpec
@@ -49,7 +47,7 @@ def describe_run(
         "engine": asdict(config),
         "policy": describe_model(policy),
         "prm": describe_model(prm) if prm is not None else None,
-        "versions": {"tts_engine": __version__, "python": platform.python_version()}
+        "versions": {"tts_engine": version("tts-engine"), "python": platform.python_version()}
         | {package: version(package) for package in ("torch", "transformers")},
         "made": {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": platform.machine()},
     }
@@ -133,11 +131,13 @@ def _header(problem: Problem, method: Method, seed: int) -> dict[str, Any]:
 
 
 class Run:
-    """A run directory, open for appending by one process. `records` are those it holds."""
+    """A run directory, open for appending by one process. `records` are those it holds, without what was written and searched."""
 
     def __init__(self, directory: Path, description: dict[str, Any]) -> None:
         """Open or make it. Raises RunError where another process writes it, it is damaged, or it was made with other settings."""
         self.directory = Path(directory)
+        self.records: list[dict[str, Any]] = []
+        self._end = 0
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.directory / PROBLEMS, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -145,7 +145,8 @@ class Run:
             raise RunError(f"{self.directory} cannot be used as a run's directory: {error.strerror}") from error
         try:
             self._lock()
-            self.records, self._end = _read_lines(self.directory / PROBLEMS)
+            for record, self._end in _read_lines(self.directory / PROBLEMS):
+                self.records.append(_outcome(record))
             self._settle(description)
             os.ftruncate(self._file, self._end)
         except BaseException:
@@ -180,7 +181,7 @@ class Run:
             raise RunError(f"{self.directory / PROBLEMS} cannot be written ({error.strerror}); {len(self.records)} problems are "
                            "safe in it: make room and run the same command again") from error  # fmt: skip
         self._end += len(line)
-        self.records.append(record)
+        self.records.append(_outcome(record))
 
     def _lock(self) -> None:
         try:
@@ -213,7 +214,8 @@ def read_description(directory: Path) -> dict[str, Any]:
 
 def read_run(directory: Path) -> Iterator[dict[str, Any]]:
     """The records of a run, finished or not, whoever writes it now; a torn last line is left out."""
-    yield from _read_lines(Path(directory) / PROBLEMS)[0]
+    for record, _ in _read_lines(Path(directory) / PROBLEMS):
+        yield record
 
 
 def refuse_unless_same(directory: Path, made: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -264,23 +266,26 @@ def _refusal(engine: Engine, problem: Problem, method: Method, seed: int) -> Eng
     return None
 
 
-def _read_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """The whole records of a journal, and the bytes they take; what a kill left of a last line is not in either."""
+def _read_lines(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The whole records of a journal, each with the bytes up to its end; what a kill left of a last line is not among them."""
+    end = 0
     try:
-        lines = file.read_bytes().splitlines(keepends=True)
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                record = _record(line)
+                if record is None:
+                    if next(lines, None) is not None:
+                        raise RunError(f"{file} line {number} is damaged: only the last line of a run may be torn")
+                    return
+                end += len(line)
+                yield record, end
     except OSError as error:
         raise RunError(f"{file} cannot be read: {error.strerror}") from error
-    records: list[dict[str, Any]] = []
-    end = 0
-    for number, line in enumerate(lines, start=1):
-        record = _record(line)
-        if record is None:
-            if number == len(lines):
-                break
-            raise RunError(f"{file} line {number} is damaged: only the last line of a run may be torn")
-        records.append(record)
-        end += len(line)
-    return records, end
+
+
+def _outcome(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without the parts that grow with the search."""
+    return {key: value for key, value in record.items() if key not in ("problem", "prompt_tokens", "nodes", "branches")}
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
@@ -332,4 +337,4 @@ def _setting(key: str) -> str:
 
 def _value(value: Any) -> str:
     text = "none" if value is None else str(value)
-    return text[:12] + "..." if len(text) == 64 and math.isfinite(len(text)) else text
+    return text[:12] + "..." if len(text) == 64 else text

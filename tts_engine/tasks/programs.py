@@ -41,7 +41,9 @@ class Program:
 
     @cached_property
     def values(self) -> dict[str, int]:
-        return _finish(self.operations, {})
+        values = _finish(self.operations, {})
+        assert values is not None, "a program divides by zero"
+        return values
 
     @property
     def answer(self) -> int:
@@ -54,7 +56,7 @@ class Program:
 
     @cached_property
     def canonical(self) -> str:
-        """The program as one expression without names, commutative operands sorted: equal for programs that differ in spelling only."""
+        """The program as one expression without names, commutative operands sorted: equal where only the spelling differs."""
         expressions: dict[str, str] = {}
         for o in self.operations:
             left, right = (expressions[x] if isinstance(x, str) else str(x) for x in (o.left, o.right))

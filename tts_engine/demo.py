@@ -1,0 +1,126 @@
+"""The main job: does a small policy with search beat a large one without, and for how much compute?
+
+Runs the embedded models over test problems, every method apart, and keeps the runs, a table, a plot and a verdict.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .embedded import BLOCK_SIZE, model_path
+from .engine import Engine
+from .report.intervals import paired_difference
+from .report.progress import Progress
+from .report.table import Cell, cell_of
+from .report.text import figures
+from .runs import Run, describe_run, evaluate
+from .search import Method, make_method
+from .tasks.problems import Problem, load_task
+
+TASK, SPLIT = "embedded", "test"
+SMALL, LARGE, PRM = "policy-s", "policy-l", "prm-good"
+BUDGETS = (4, 16)
+SMALL_METHODS = ("majority", "best_of_n", "beam", "dvts")
+
+
+def methods_of(names: Sequence[str]) -> list[Method]:
+    """Chain of thought, which has no budget, and the named methods at every budget."""
+    return [make_method("cot"), *(make_method(name, n=n) for name in names for n in BUDGETS)]
+
+
+# policy, PRM, methods: in the order in which they run and are shown
+LINE_UP: list[tuple[str, str | None, list[Method]]] = [
+    (SMALL, PRM, methods_of(SMALL_METHODS)),
+    (LARGE, None, methods_of(("majority",))),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The best searched cell of the small policy against the large one's single greedy answer, problem by problem."""
+
+    small: Cell
+    large: Cell
+    large_majority: Cell
+    num_searched: int  # cells that `small` is the best of
+    difference: float
+    interval: tuple[float, float]
+
+    @property
+    def outcome(self) -> str:
+        """ "beat", "lost" or "cannot tell", as the 95 % interval of the difference lies above, below or across zero."""
+        low, high = self.interval
+        return "beat" if low > 0 else "lost" if high < 0 else "cannot tell"
+
+    @property
+    def sentence(self) -> str:
+        claim = {
+            "beat": "The small policy with search beat the large one without",
+            "lost": "The small policy with search did not beat the large one without",
+            "cannot tell": "These problems cannot tell whether the small policy with search beats the large one without",
+        }[self.outcome]
+        low, high = (100 * bound for bound in self.interval)
+        return (
+            f"{claim}: {_told(self.small)}, the best of its {self.num_searched} searched cells on these same problems, against "
+            f"{_told(self.large)}, a paired difference of {100 * self.difference:+.1f} points (95 % interval {low:+.1f} to "
+            f"{high:+.1f}); {_told(self.large_majority)}."
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "outcome": self.outcome, "sentence": self.sentence, "difference": self.difference, "interval_95": list(self.interval),
+            "small": self.small.as_dict(), "large": self.large.as_dict(), "large_majority": self.large_majority.as_dict(),
+        }  # fmt: skip
+
+
+def _told(cell: Cell) -> str:
+    return f"{cell.policy} with {cell.label} solves {100 * cell.accuracy:.1f} % at {figures(cell.gflop_per_problem)} GFLOP a problem"
+
+
+def verdict(cells: Sequence[Cell]) -> Verdict:
+    """Of equally good cells the cheaper stands for its policy."""
+
+    def best(some: list[Cell]) -> Cell:
+        return max(some, key=lambda cell: (sum(cell.correct), -cell.ledger.flops))
+
+    searched = [cell for cell in cells if cell.policy == SMALL and cell.uses_prm]
+    small = best(searched)
+    [large] = [cell for cell in cells if cell.policy == LARGE and cell.method == "cot"]
+    large_majority = best([cell for cell in cells if cell.policy == LARGE and cell.method == "majority"])
+    assert small.ids == large.ids, "both policies answered the same problems"
+    difference, low, high = paired_difference(small.correct, large.correct)
+    return Verdict(small=small, large=large, large_majority=large_majority, num_searched=len(searched), difference=difference,
+                   interval=(low, high))  # fmt: skip
+
+
+def run_demo(problems: int, out: Path, progress: Progress, seed: int = 0) -> list[Cell]:
+    """Every cell, its run in a directory of its own under `out`; runs that are there already are continued."""
+    split = load_task(TASK, SPLIT)
+    cells = []
+    for policy, prm, methods in LINE_UP:
+        directories = [model_path(name) for name in (policy, prm) if name is not None]
+        with Engine.from_pretrained(*directories, block_size=BLOCK_SIZE) as engine:
+            for method in methods:
+                cells.append(_run_cell(engine, directories, method, split, problems, out, progress, seed))
+    return cells
+
+
+def _run_cell(
+    engine: Engine, directories: list[Path], method: Method, split: list[Problem], limit: int, out: Path, progress: Progress, seed: int
+) -> Cell:
+    policy, prm = directories[0], directories[1] if len(directories) > 1 else None
+    description = describe_run(policy=policy, prm=prm, config=engine.config, method=method, seed=seed, task=TASK, split=SPLIT,
+                               limit=limit, problems=split)  # fmt: skip
+    name = method.name if method.n == 1 else f"{method.name}-n{method.n}"
+    engine.forget()
+    with Run(out / f"{policy.name}-{name}", description) as run:
+        progress.begin(f"{policy.name}, {name}", run.records)
+        for record in evaluate(engine, split[:limit], method, run, seed=seed):
+            progress.advance(record)
+        return cell_of(run.records, policy.name, method.uses_prm)
+
+
+def default_directory() -> Path:
+    return Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")

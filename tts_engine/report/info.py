@@ -1,0 +1,88 @@
+"""What an installation is, and what a model is before any of its weights are read."""
+
+import importlib.util
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ModelError
+from ..models.spec import DecoderSpec
+
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton", "math-verify", "matplotlib")
+CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
+
+
+def installation() -> dict[str, Any]:
+    """Versions, threads, what the CPU can do, and whether the extension is there."""
+    return {
+        "tts_engine": version("tts-engine"),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES},
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu_flags": [flag for flag in CPU_FLAGS if flag in _cpu_flags()],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "extension": importlib.util.find_spec("tts_engine._C") is not None,
+    }
+
+
+def model(name: str, directory: Path | None) -> dict[str, Any]:
+    """A checkpoint by its config.json alone; `directory` None asks the hub for that one file of `name`.
+
+    Raises ModelError where there is none, or none of a known architecture.
+    """
+    path = directory / "config.json" if directory is not None else _from_hub(name)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not JSON'}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds no JSON object")
+    spec = DecoderSpec.from_hf(config, str(path))
+    return {
+        "name": name,
+        "architecture": spec.architecture,
+        "parameters": spec.num_parameters,
+        "layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "heads": spec.num_heads,
+        "kv_heads": spec.num_kv_heads,
+        "positions": spec.max_positions,
+        "kv_bytes_per_token": {
+            str(dtype).removeprefix("torch."): spec.kv_bytes_per_token(dtype) for dtype in (torch.float32, torch.bfloat16)
+        },
+        "flops_per_token": spec.flops_per_token,
+        "flops_per_logits": spec.lm_head_flops if spec.lm_head else 0,
+        "flops_per_attended_token": spec.attention_flops_per_pair,
+    }
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except Exception as error:  # a dozen types, from a bad id to a network that is not there
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{name} is no directory, and its config.json could not be had from the hub: {reason}") from error
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), set())
