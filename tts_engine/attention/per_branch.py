@@ -16,7 +16,7 @@ from .base import BatchLayout
 MAX_QUERIES = 64
 # Gathered keys of a chunk should stay in a core's second-level cache: 4,096 slots of 64 floats are 1 MiB.
 MAX_SLOTS = 4096
-FILL = 0.8  # the shortest context of a chunk is at least this part of its longest
+FILL = 0.65  # the shortest context of a chunk is at least this part of its longest
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tts_engine.errors import ModelError
+from tts_engine.models.heads import PairHead, TwoClassHead
+from tts_engine.models.weights import Checkpoint, load_decoder
+from tts_engine.testing import random_model
+
+
+def score_module(d, seed=0):
+    """Qwen2.5-Math-PRM's `score`, written out."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(torch.nn.Linear(d, d), torch.nn.ReLU(), torch.nn.Linear(d, 2))
+
+
+def write(directory, tensors):
+    (directory / "config.json").write_text("{}")
+    save_file(tensors, directory / "model.safetensors")
+    return Checkpoint(directory)
+
+
+def test_two_class_head_equals_the_module_it_is_read_from(tmp_path):
+    score = score_module(48)
+    checkpoint = write(tmp_path, {f"score.{name}": tensor.data for name, tensor in score.named_parameters()})
+    hidden = torch.randn(71, 48, generator=torch.Generator().manual_seed(1))
+    ref = score(hidden).softmax(-1)[:, 1]
+    out = TwoClassHead.load(checkpoint, 48)(hidden)
+    assert out.dtype == torch.float32 and (out - ref).abs().max() <= 1e-6
+
+
+def test_pair_head_is_the_softmax_of_two_logits(tmp_path):
+    model = random_model("llama")
+    model.save_pretrained(tmp_path)
+    decoder = load_decoder(tmp_path)
+    hidden = torch.randn(45, 48, generator=torch.Generator().manual_seed(2))
+    ref = decoder.logits(hidden)[:, [64, 38]].softmax(-1)[:, 0]
+    assert (PairHead.of(decoder, plus_id=64, minus_id=38)(hidden) - ref).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d", [128, 224])
+def test_a_score_has_the_same_bits_in_any_company(d, dtype):
+    score = score_module(d)
+    hidden = torch.randn(70, d, generator=torch.Generator().manual_seed(3)).to(dtype)
+    for head in (TwoClassHead(*(p.data for p in score.parameters())), PairHead(*score[2].weight.data)):
+        together = head(hidden)
+        assert torch.equal(torch.cat([head(row[None]) for row in hidden]), together)
+        assert torch.equal(head(hidden.flip(0)).flip(0), together)
+        assert head(hidden[:0]).shape == (0,)
+
+
+def test_a_missing_or_misshapen_head_is_named(tmp_path):
+    score = score_module(16)
+    tensors = {f"score.{name}": tensor.data for name, tensor in score.named_parameters()}
+    with pytest.raises(ModelError, match=r"'score.0.weight' has shape \[16, 16\], expected \[24, 24\]"):
+        TwoClassHead.load(write(tmp_path, tensors), 24)
+    with pytest.raises(ModelError, match=r"no tensor 'score.2.bias'; expected one of shape \[2\]"):
+        TwoClassHead.load(write(tmp_path, {n: t for n, t in tensors.items() if n != "score.2.bias"}), 16)
