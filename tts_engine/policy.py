@@ -195,7 +195,11 @@ class Policy:
         )
         runs = list(dict.fromkeys([run for _, _, run in batch.forks] + [run for _, _, run in batch.resumed]))
         reads = np.concatenate([read_ends[runs], batch.num_tokens + np.arange(len(decoding))]).astype(np.int64)
-        hidden = self.runner.forward(segments, reads)
+        try:
+            hidden = self.runner.forward(segments, reads)
+        except BaseException:
+            self._send_back(batch)
+            raise
         for run in range(node_runs):
             if not batch.is_lease[run]:
                 self.runner.tree.set_computed(batch.handles[run], batch.starts[run] + len(batch.tokens[run]))
@@ -278,6 +282,14 @@ class Policy:
         for node in batch.held:
             tree.drop(node)
         self._active = np.concatenate([self._active, np.array(seated, np.int64)])
+
+    def _send_back(self, batch: _Batch) -> None:
+        """Undo an admission whose forward failed: nothing is held, and the draws wait again."""
+        for _, lease, _ in batch.resumed:
+            self.runner.tree.release(lease)
+        for node in batch.held:
+            self.runner.tree.drop(node)
+        self._waiting.extendleft(row for row, _, _ in reversed(batch.forks + batch.resumed))
 
     def _keep_tokens(self, place: int, tokens: list[int]) -> None:
         if len(tokens) + 1 > self._tokens.shape[1]:

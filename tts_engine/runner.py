@@ -13,7 +13,7 @@ from torch import Tensor
 from .attention.base import AttentionBackend, BatchLayout
 from .errors import OutOfBlocks
 from .kv.cache import KVCache
-from .kv.tree import NO_NODE, KVTree
+from .kv.tree import NO_NODE, KVTree, blocks_needed
 from .ledger import ModelLedger
 from .models.decoder import Decoder
 
@@ -97,10 +97,12 @@ class ModelRunner:
     def refuse_unless_fits(self, what: str, prompt_tokens: int, max_tokens: int, max_steps: int) -> None:
         """Raise OutOfBlocks where one branch at full length could not fit an empty pool: then no eviction ever helps.
 
-        A branch is at most `max_tokens` tokens in at most `max_steps` steps, and each step may leave a block almost empty.
+        A branch is at most `max_tokens` tokens in at most `max_steps` steps; it takes most blocks where all steps but one are a
+        single token.
         """
         size = self.tree.block_size
-        need = -(-prompt_tokens // size) + min(max_tokens, max_tokens // size + max_steps)
+        steps = min(max_steps, max_tokens)
+        need = blocks_needed(prompt_tokens, size) + steps - 1 + blocks_needed(max_tokens - steps + 1, size)
         if need > self.tree.num_blocks:
             raise OutOfBlocks(
                 f"{what} may need {need} KV blocks of {size} tokens for a single branch ({prompt_tokens} prompt tokens, up to "

@@ -12,7 +12,6 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +21,7 @@ from .errors import EngineError, RunError
 from .models.spec import DecoderSpec
 from .models.weights import Checkpoint
 from .report.tree import in_order
+from .report.versions import package_version
 from .results import SearchResult
 from .search import Method
 from .tasks.grader import Grader
@@ -47,8 +47,8 @@ def describe_run(
         "engine": asdict(config),
         "policy": describe_model(policy),
         "prm": describe_model(prm) if prm is not None else None,
-        "versions": {"tts_engine": version("tts-engine"), "python": platform.python_version()}
-        | {package: version(package) for package in ("torch", "transformers")},
+        "versions": {"python": platform.python_version()}
+        | {package: package_version(package) for package in ("tts-engine", "torch", "transformers")},
         "made": {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": platform.machine()},
     }
 

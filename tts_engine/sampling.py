@@ -76,12 +76,12 @@ def sample(logits: Tensor, sampling: Sampling, keys: np.ndarray, identities: np.
 
 
 def _restrict(logits: Tensor, sampling: Sampling) -> Tensor:
-    """-inf wherever top-k or top-p (the smallest set of likeliest tokens whose mass reaches p) rules a token out."""
+    """-inf wherever top-k, or then top-p (the smallest set of likeliest tokens left whose mass reaches p), rules a token out."""
     ordered, index = logits.sort(dim=-1, descending=True, stable=True)
     keep = torch.ones_like(ordered, dtype=torch.bool)
     if sampling.top_k:
         keep[..., sampling.top_k :] = False
     if sampling.top_p < 1:
-        mass = ordered.softmax(dim=-1)
+        mass = ordered.masked_fill(~keep, float("-inf")).softmax(dim=-1)
         keep &= mass.cumsum(dim=-1) - mass < sampling.top_p
     return logits.masked_fill(~torch.zeros_like(keep).scatter(-1, index, keep), float("-inf"))

@@ -188,7 +188,7 @@ def poisoned_cache(spec: Any, num_slots: int, dtype: Any = None) -> Any:
 
 def run_rows(decoder: Any, backend: Any, cache: Any, slots: Sequence[Sequence[int]], new: Sequence[int],
              tokens: Sequence[Sequence[int]]) -> Any:  # fmt: skip
-    """One forward of `flat_layout(slots, new)`; tokens[b] are the whole path's ids. Hidden states [sum(new), d] of all new tokens."""
+    """One forward of `flat_layout(slots, new)`; tokens[b] are the whole path's ids. Hidden states [sum(new), d]."""
     import torch
 
     layout = flat_layout(slots, new)
@@ -199,7 +199,7 @@ def run_rows(decoder: Any, backend: Any, cache: Any, slots: Sequence[Sequence[in
 
 # --- small random checkpoints that an engine can load: a policy and both kinds of PRM, with the embedded tokenizer ---------
 
-LEANING = 6.0  # the constant that every token's embedding holds in its first place, see `lean`
+LEANING = 6.0  # the constant that every token's embedding holds in its first place, see `_lean`
 
 
 def random_policy_directory(directory: Path, *, seed: int = 0, leans: dict[str, float] | None = None, family: str = "qwen2",
@@ -208,15 +208,13 @@ def random_policy_directory(directory: Path, *, seed: int = 0, leans: dict[str, 
 
     leans: token -> what is added to its logit wherever it stands, about; by default steps and texts end after a dozen tokens.
     """
-    from .embedded.tokenizer import END, PAD, QWEN_MARKER, SHEPHERD_TAG, STEP_END, build_tokenizer, save_tokenizer
+    from .embedded.tokenizer import END, PAD, QWEN_MARKER, SHEPHERD_TAG, STEP_END, build_tokenizer
 
     tokenizer = build_tokenizer()
     model = random_model(family, seed=seed, **_SMALL | {"vocab_size": tokenizer.get_vocab_size()} | sizes)
-    leans = {STEP_END: 2.0, END: 0.5, PAD: -9.0, QWEN_MARKER: -9.0, SHEPHERD_TAG: -9.0, "<unk>": -9.0} | (leans or {})
+    leans = {STEP_END: 2.0, END: 1.0, PAD: -9.0, QWEN_MARKER: -9.0, SHEPHERD_TAG: -9.0, "<unk>": -9.0} | (leans or {})
     _lean(model, {tokenizer.token_to_id(token): lean for token, lean in leans.items()})
-    directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(directory)
-    save_tokenizer(directory)
+    _save(directory, model.config.to_dict() | {"architectures": [type(model).__name__]}, model.state_dict())
     return model
 
 
@@ -227,13 +225,12 @@ def random_prm_directory(directory: Path, kind: str, *, seed: int = 0, **sizes: 
     causal language model whose config.json says so.
     """
     import torch
-    from safetensors.torch import save_file
 
-    from .embedded.tokenizer import build_tokenizer, save_tokenizer
+    from .embedded.tokenizer import build_tokenizer
 
     family = {"qwen2.5-math-prm": "qwen2", "math-shepherd": "llama"}[kind]
     model = random_model(family, seed=seed, **_SMALL | {"vocab_size": build_tokenizer().get_vocab_size()} | sizes)
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors = dict(model.state_dict())
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
     if kind == "math-shepherd":
         config["prm_family"] = kind
@@ -243,16 +240,24 @@ def random_prm_directory(directory: Path, kind: str, *, seed: int = 0, **sizes: 
         random, d = torch.Generator().manual_seed(seed), model.config.hidden_size
         for name, shape in {"score.0.weight": (d, d), "score.0.bias": (d,), "score.2.weight": (2, d), "score.2.bias": (2,)}.items():
             tensors[name] = torch.randn(shape, generator=random) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.3)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
-    save_tokenizer(directory)
+    _save(directory, config, tensors)
     return model
 
 
 _SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
           "max_position_embeddings": 512, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 0,
           "pad_token_id": 1}  # fmt: skip
+
+
+def _save(directory: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    from .embedded.tokenizer import save_tokenizer
+
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
+    save_tokenizer(directory)
 
 
 def _lean(model: Any, leans: dict[int, float]) -> None:
@@ -268,3 +273,87 @@ def _lean(model: Any, leans: dict[int, float]) -> None:
         model.lm_head.weight[:, 0] = 0
         for token, lean in leans.items():
             model.lm_head.weight[token, 0] = lean / 3  # LEANING over the size of a hidden unit, about 2
+
+
+# --- a policy that writes what it is told, through the real Policy, tree and ledger ---------------------------------------
+
+
+class ChainDecoder:
+    """Stands in for a Decoder: the token that `follows` names comes after each token, whatever stood before."""
+
+    def __init__(self, spec: Any, follows: dict[int, int]) -> None:
+        import torch
+
+        self.spec, self.follows = spec, follows
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.forwards: list[list[int]] = []  # the token ids of each forward
+
+    def forward(self, token_ids: Any, positions: Any, *, cache: Any, backend: Any, plan: Any, read_at: Any) -> Any:
+        self.forwards.append(token_ids.tolist())
+        return token_ids[read_at]
+
+    def logits(self, hidden: Any) -> Any:
+        import torch
+
+        logits = torch.zeros(len(hidden), self.spec.vocab_size)
+        for row, token in enumerate(hidden.tolist()):
+            logits[row, self.follows[token]] = 1000.0
+        return logits
+
+
+def tiny_spec(**sizes: Any) -> Any:
+    """A DecoderSpec of round numbers."""
+    from .models.spec import DecoderSpec
+
+    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 8, "intermediate_size": 10,
+              "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}  # fmt: skip
+    return DecoderSpec.from_hf(config | sizes, "tiny_spec")
+
+
+def chain_policy(pieces: Sequence[bytes], *, ends: Sequence[int] = (), num_blocks: int = 256, block_size: int = 4,
+                 max_rows: int = 64) -> Any:  # fmt: skip
+    """A Policy whose token i says pieces[i] and is followed by token i + 1; the last one follows itself."""
+    from .attention import make_backend
+    from .policy import Policy, StepRule
+    from .runner import ModelRunner
+
+    spec = tiny_spec()
+    decoder = ChainDecoder(spec, {i: min(i + 1, len(pieces) - 1) for i in range(len(pieces))})
+    runner = ModelRunner(decoder, make_backend("reference"), num_blocks=num_blocks, block_size=block_size)
+    return Policy(runner, StepRule(pieces, ends, spec.vocab_size), max_rows=max_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What `draw_all` gives: the program's result, every child in the order it closed, and the costs."""
+
+    branches: list[Branch]
+    nodes: list[Branch]
+    ledger: Any
+
+
+def draw_all(policy: Any, program: Program, prompt_tokens: int, *, temperature: float = 0.0, max_step_tokens: int = 64,
+             max_tokens: int = 256, max_positions: int = 512, max_steps: int = 40, seed: int = 0) -> Drawn:  # fmt: skip
+    """Run a program that asks no scores with `policy` alone; the law of blocks is checked after every tick."""
+    from .ledger import PolicyLedger
+    from .policy import DrawContext, Limits
+    from .sampling import Sampling, philox_key
+
+    driver, nodes, ledger = Driver(program), [], PolicyLedger()
+    context = DrawContext(driver=driver, sampling=Sampling(temperature=temperature), key=philox_key(seed, "draw_all"),
+                          limits=Limits(max_step_tokens=max_step_tokens, max_tokens=max_tokens, max_positions=max_positions),
+                          max_steps=max_steps, prompt_tokens=prompt_tokens, ledger=ledger, drawn=nodes.append)  # fmt: skip
+    while not driver.done:
+        for ask in driver.asks():
+            policy.submit(context, ask)
+        policy.tick()
+        check_blocks(policy.runner.tree)
+    return Drawn(driver.result, nodes, ledger)
+
+
+def check_blocks(tree: Any) -> Any:
+    """The law of blocks: every block is in one state, and the tree's own books are right; the counts."""
+    counts = tree.counts()
+    assert sum(counts) == tree.num_blocks, f"blocks were lost or made: {counts} of {tree.num_blocks}"
+    tree.check()
+    return counts

@@ -1,17 +1,19 @@
 """Against transformers on small random checkpoints, and the promise of deterministic=True."""
 
 import random
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from tts_engine.attention import make_backend
-from tts_engine.models.decoder import ROTARY_BLOCK
+from tts_engine.models.decoder import ROTARY_BLOCK, ROW_TILE
 from tts_engine.models.weights import load_decoder
-from tts_engine.testing import LLAMA3_ROPE, poisoned_cache, random_model, run_rows
+from tts_engine.testing import LLAMA3_ROPE, flat_layout, poisoned_cache, random_model, run_rows
 
 # (query heads, KV heads): groups 1, 2, 3, 4, 6, 7, 8
 HEADS = [(3, 3), (4, 2), (6, 2), (4, 1), (12, 2), (7, 1), (16, 2)]
+SIZES = [(64, 2, 1, 176), (128, 4, 2, 350), (224, 7, 1, 600), (896, 14, 2, 1217)]  # hidden, heads, KV heads, intermediate
 FAMILIES = [
     pytest.param("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}, id="llama-tied"),
     pytest.param("llama", {"rope_parameters": LLAMA3_ROPE, "rms_norm_eps": 1e-5}, id="llama-untied"),
@@ -33,6 +35,16 @@ def paths(seed, lengths, vocab_size, num_slots):
     free = rng.sample(range(num_slots), sum(lengths))
     slots = [[free.pop() for _ in range(length)] for length in lengths]
     return slots, [[rng.randrange(vocab_size) for _ in range(length)] for length in lengths]
+
+
+@contextmanager
+def num_threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def assert_near(out, ref, bound=1e-4):
@@ -100,8 +112,6 @@ def test_hidden_states_come_back_for_the_read_positions_only(tmp_path):
     decoder, attention = load_decoder(directory), make_backend("per_branch")
     (slots,), (tokens,) = paths(3, [9], 97, 16)
     whole = run_rows(decoder, attention, poisoned_cache(decoder.spec, 16), [slots], [9], [tokens])
-    from tts_engine.testing import flat_layout
-
     layout = flat_layout([slots], [9])
     for read in ([8], [2, 7], []):
         read_at = torch.tensor(read, dtype=torch.int64)
@@ -123,7 +133,7 @@ def test_rotary_tables_do_not_depend_on_the_order_in_which_they_grew(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("sizes", [(64, 2, 1, 176), (128, 4, 2, 350), (224, 7, 1, 600), (896, 14, 2, 1217)], ids=lambda s: f"d{s[0]}")
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda s: f"d{s[0]}")
 def test_a_deterministic_row_has_the_same_bits_in_any_company(tmp_path, sizes, dtype, threads):
     hidden, heads, kv_heads, inner = sizes
     _, directory = saved(tmp_path, "qwen2", hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=kv_heads,
@@ -138,9 +148,7 @@ def test_a_deterministic_row_has_the_same_bits_in_any_company(tmp_path, sizes, d
         hidden = run_rows(decoder, attention, cache, [slots[b] for b in rows], new, [tokens[b] for b in rows])
         return decoder.logits(hidden), cache
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with num_threads(threads):
         alone, kept = run([0])
         for company in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 0]):
             logits, cache = run(company)
@@ -157,5 +165,12 @@ def test_a_deterministic_row_has_the_same_bits_in_any_company(tmp_path, sizes, d
         cache.k[:, slots[0][:12]] = cache.v[:, slots[0][:12]] = torch.nan
         run_rows(decoder, attention, cache, [slots[0][:12]], [12], [tokens[0][:12]])
         assert torch.equal(cache.k[:, slots[0]], kept.k[:, slots[0]]) and torch.equal(cache.v[:, slots[0]], kept.v[:, slots[0]])
-    finally:
-        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_an_activation_does_not_depend_on_where_threads_split_the_tile(tmp_path, threads):
+    _, directory = saved(tmp_path, "llama")
+    gate = torch.randn(1, 4867).expand(ROW_TILE, -1).contiguous()
+    with num_threads(threads):
+        out = load_decoder(directory, deterministic=True)._silu(gate)
+    assert torch.equal(out, out[:1].expand_as(out))

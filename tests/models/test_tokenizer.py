@@ -7,8 +7,17 @@ from tts_engine.errors import ModelError
 from tts_engine.models.tokenizer import encode_prompt, end_ids, load_tokenizer, token_bytes
 
 REAL = ["qwen2.5", "qwen2.5-math-prm", "qwen3", "deepseek-r1-distill-qwen", "llama-3.1", "mistral-7b-v0.1"]
-TEXTS = ["Hello  world\n\nx = 3\u00b2\u00b7\u00bd", " \U0001f680 \u6f22\u5b57\t\r\n", "\u043a\u0438 Step 1: \\frac{1}{2}\n\n\n", "", " ",
-         "<think> a </think>", "\uff5c\u2581 \u00e9\u0301 \u200b", "a\x00b\x7f", "1234567890 = \\boxed{42}."]  # fmt: skip
+TEXTS = [
+    "Hello  world\n\nx = 3\u00b2\u00b7\u00bd",
+    " \U0001f680 \u6f22\u5b57\t\r\n",
+    "\u043a\u0438 Step 1: \\frac{1}{2}\n\n\n",
+    "",
+    " ",
+    "<think> a </think>",
+    "\uff5c\u2581 \u00e9\u0301 \u200b",
+    "a\x00b\x7f",
+    "1234567890 = \\boxed{42}.",
+]
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +100,11 @@ def test_every_end_that_the_files_name_is_an_end(embedded, tmp_path):
         end_ids(tokenizer, tmp_path)
 
 
-def test_a_directory_without_a_tokenizer_is_one_sentence(tmp_path):
+@pytest.mark.parametrize("content", [None, "", "{}", '{"model": 3}'])
+def test_a_missing_or_damaged_tokenizer_is_one_sentence(tmp_path, content):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ModelError) as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

@@ -67,46 +67,40 @@ def test_an_unused_lm_head_of_a_prm_is_not_read(checkpoint):
     assert load_decoder(checkpoint).weights.lm_head is None
 
 
-@pytest.mark.parametrize("change", [
-    lambda d: (d / "config.json").unlink(),
-    lambda d: (d / "config.json").write_text("{"),
-    lambda d: (d / "config.json").write_text("[]"),
-    lambda d: edit_json(d / "config.json", lambda c: c.update(architectures=["MambaForCausalLM"])),
-    lambda d: (d / "model.safetensors").unlink(),
-    lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
-    lambda d: edit_tensors(d, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
-    lambda d: edit_tensors(d, lambda t: t.update({"model.norm.weight": torch.ones(47)})),
-    lambda d: edit_tensors(d, lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)})),
-    lambda d: edit_tensors(d, lambda t: t.pop("lm_head.weight")),
-    lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-1000]),
-    lambda d: (d / "model.safetensors").write_bytes(b""),
-    lambda d: (d / "model.safetensors.index.json").write_text("{}"),
-    lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-9.safetensors"}}'),
-    lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}'),
-    lambda d: (d / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.embed_tokens.weight": "config.json"}})),
-], ids=range(16))  # fmt: skip
-def test_every_damage_is_one_sentence_with_the_path(checkpoint, change):
+def keep_bytes(count):
+    return lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:count])
+
+
+def list_shards(**names):
+    return lambda d: (d / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names} if names else {}))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+    (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read as JSON"),
+    (lambda d: (d / "config.json").write_text("[]"), "config.json: expected a JSON object, got list"),
+    (lambda d: edit_json(d / "config.json", lambda c: c.update(architectures=["MambaForCausalLM"])), "unknown architecture 'Mamba"),
+    (lambda d: (d / "model.safetensors").unlink(), "expected model.safetensors or model.safetensors.index.json; neither"),
+    (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "only pytorch_model.bin, a pickle file, and"),
+    (lambda d: edit_tensors(d, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")), "no tensor 'model.layers.1.mlp.up_proj"),
+    (lambda d: edit_tensors(d, lambda t: t.pop("lm_head.weight")), "no tensor 'lm_head.weight'; expected one of shape [97, 48]"),
+    (lambda d: edit_tensors(d, lambda t: t.update({"model.norm.weight": torch.ones(47)})), "has shape [47], expected [48]"),
+    (lambda d: edit_tensors(d, lambda t: t.update({"model.norm.weight": torch.ones(48).char()})), "stored as I8, expected one of"),
+    (keep_bytes(-1000), "model.safetensors is damaged or cut short"),
+    (keep_bytes(100), "model.safetensors is damaged or cut short"),
+    (keep_bytes(0), "model.safetensors is damaged or cut short"),
+    (list_shards(), 'expected an object "weight_map"'),
+    (list_shards(a="model-9.safetensors"), "lists model-9.safetensors, which is not in"),
+    (list_shards(a="../model.safetensors"), "lists the file '../model.safetensors'; expected a plain name"),
+    (list_shards(**{"model.embed_tokens.weight": "config.json"}), "config.json is damaged or cut short"),
+    (list_shards(a="model.safetensors"), "no tensor 'model.embed_tokens.weight'"),
+])  # fmt: skip
+def test_every_damage_is_one_sentence_with_the_path_and_what_was_expected(checkpoint, change, words):
     change(checkpoint)
     with pytest.raises(ModelError) as caught:
         load_decoder(checkpoint)
     message = str(caught.value)
-    assert str(checkpoint) in message and "\n" not in message
-
-
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda d: (d / "config.json").unlink(), ["config.json is missing"]),
-    (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), ["pytorch_model.bin", "pickle files are not read"]),
-    (lambda d: edit_tensors(d, lambda t: t.pop("model.norm.weight")), ["no tensor 'model.norm.weight'", "[48]"]),
-    (lambda d: edit_tensors(d, lambda t: t.update({"model.norm.weight": torch.ones(47)})), ["[47], expected [48]"]),
-    (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-1000]), ["cut short"]),
-    (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'), ["lists b.safetensors"]),
-    (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b.safetensors"}}'), ["a plain name within"]),
-])  # fmt: skip
-def test_the_sentence_says_what_was_expected(checkpoint, change, words):
-    change(checkpoint)
-    with pytest.raises(ModelError) as caught:
-        load_decoder(checkpoint)
-    assert all(word in str(caught.value) for word in words)
+    assert str(checkpoint) in message and words in message and "\n" not in message
 
 
 def test_a_cut_shard_is_named(sharded):
@@ -116,7 +110,7 @@ def test_a_cut_shard_is_named(sharded):
         load_decoder(sharded)
 
 
-def test_a_name_that_is_neither_directory_nor_hub_id_is_refused(tmp_path, monkeypatch):
+def test_a_name_that_is_neither_directory_nor_hub_id_is_refused(tmp_path):
     assert resolve_checkpoint(tmp_path) == tmp_path
     for name in ("nowhere", "./no/where", "/no/where", "a/b/c", tmp_path / "gone"):
         with pytest.raises(ModelError, match="neither a directory nor a hub id"):
@@ -131,21 +125,24 @@ def test_an_uncached_hub_id_offline_is_one_sentence(tmp_path):
     assert "some-owner/some-model" in done.stdout and done.stdout.count("\n") == 1 and not done.stderr
 
 
+# The kernel's high-water mark of resident memory, file pages included. (ru_maxrss would start at the parent's: exec keeps it.)
 PEAK = """
-import resource, sys, torch
+import re, sys, torch
 from pathlib import Path
 import transformers  # what a user has loaded anyway must not count
 from tts_engine.models.weights import load_decoder
+def resident(mark):
+    return int(re.search(mark + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 dtype = getattr(torch, sys.argv[2])
 load_decoder(Path(sys.argv[3]), dtype=dtype)  # a tiny one, for what the first load imports
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+before = resident("VmRSS")
 decoder = load_decoder(Path(sys.argv[1]), dtype=dtype)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(peak * 1024 / (decoder.spec.num_parameters * dtype.itemsize))
+print((resident("VmHWM") - before) / (decoder.spec.num_parameters * dtype.itemsize))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_peaks_at_no_more_than_1_2_times_the_weights(tmp_path, dtype):
     random_model("qwen2").save_pretrained(tmp_path / "tiny")
@@ -154,4 +151,4 @@ def test_loading_peaks_at_no_more_than_1_2_times_the_weights(tmp_path, dtype):
     model.save_pretrained(tmp_path / "big")
     done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / "big"), dtype, str(tmp_path / "tiny")], capture_output=True,
                           text=True, check=True, env={"PYTHONPATH": ":".join(p for p in sys.path if p), "PATH": ""})  # fmt: skip
-    assert float(done.stdout.split()[-1]) <= 1.2
+    assert 0.9 <= float(done.stdout.split()[-1]) <= 1.2  # below: the mark missed the load

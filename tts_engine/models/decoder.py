@@ -129,7 +129,7 @@ class Decoder:
 
 
 class _RotaryTables:
-    """cos and sin by position, float32 [positions, D/2]. Built in blocks of one shape: an entry's bits depend on its position only."""
+    """cos and sin by position, float32 [positions, D/2], in blocks of one shape: an entry's bits depend on its position only."""
 
     def __init__(self, spec: DecoderSpec, device: torch.device) -> None:
         self._frequencies = rotary_frequencies(spec).to(device)

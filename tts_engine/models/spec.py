@@ -140,7 +140,7 @@ def _architecture(config: dict[str, Any], source: str) -> str:
     names = config.get("architectures")
     known = ", ".join(sorted(FAMILIES))
     if not isinstance(names, list) or not names:
-        raise ModelError(f"{source} names no architecture; expected \"architectures\" to hold one of {known}")
+        raise ModelError(f'{source} names no architecture; expected "architectures" to hold one of {known}')
     if names[0] not in FAMILIES:
         raise ModelError(f"{source}: unknown architecture {names[0]!r}; supported: {known}")
     return names[0]

@@ -9,6 +9,7 @@ from ..errors import ModelError
 
 # Llama's templates write today's date into the prompt unless told one; this is the default they carry.
 DATE = "26 Jul 2024"
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -19,6 +20,8 @@ def load_tokenizer(directory: Path) -> Any:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if not any((Path(directory) / name).is_file() for name in VOCABULARIES):  # transformers would make an empty one up
+        raise ModelError(f"{directory} holds no tokenizer; expected tokenizer.json")
     loader = PreTrainedTokenizerFast if (Path(directory) / "tokenizer.json").is_file() else AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(Path(directory), trust_remote_code=False, local_files_only=True)
@@ -102,7 +105,8 @@ def _spelling(tokenizer: Any) -> Any:
         return _sentence_piece
     if kinds == {"Fuse"}:
         return str.encode
-    raise ModelError(f"this tokenizer's decoder ({', '.join(sorted(kinds))}) is unknown; known: ByteLevel, ByteFallback, Metaspace, Fuse")
+    found = ", ".join(sorted(kinds))
+    raise ModelError(f"the tokenizer's decoder ({found}) is unknown; known: ByteLevel, ByteFallback, Metaspace, Fuse")
 
 
 @cache

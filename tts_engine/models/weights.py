@@ -102,7 +102,7 @@ class Checkpoint:
     def _read_index(self, index: Path) -> dict[str, Path]:
         names = _read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
-            raise ModelError(f"{index}: expected an object \"weight_map\" from tensor names to file names")
+            raise ModelError(f'{index}: expected an object "weight_map" from tensor names to file names')
         for shard in sorted(set(names.values())):
             if Path(shard).name != shard:
                 raise ModelError(f"{index} lists the file {shard!r}; expected a plain name within {self.directory}")

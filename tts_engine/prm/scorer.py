@@ -104,9 +104,11 @@ class Scorer:
         if not taken:
             raise OutOfBlocks(f"the PRM needs {sum(-(-len(ids) // tree.block_size) for ids in self._waiting[0].ids)} KV blocks of "
                               f"{tree.block_size} tokens to read one branch and has {tree.num_blocks} in all; raise kv_bytes")  # fmt: skip
-        scores = self._read(runs)
-        for reading, nodes in taken:
-            tree.drop(nodes[-1])
+        try:
+            scores = self._read(runs)
+        finally:
+            for _, nodes in taken:
+                tree.drop(nodes[-1])
         for reading, nodes in taken:
             self._answer(reading, [scores.get(node) for node in nodes])
 

@@ -4,14 +4,18 @@ import importlib.util
 import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
 from ..errors import ModelError
 from ..models.spec import DecoderSpec
+from .text import harmless, short
+from .versions import package_version
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton", "math-verify", "matplotlib")
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
@@ -20,9 +24,9 @@ CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "am
 def installation() -> dict[str, Any]:
     """Versions, threads, what the CPU can do, and whether the extension is there."""
     return {
-        "tts_engine": version("tts-engine"),
+        "tts_engine": package_version("tts-engine"),
         "python": platform.python_version(),
-        **{package: _version(package) for package in PACKAGES},
+        **{package: package_version(package) for package in PACKAGES},
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -63,6 +67,34 @@ def model(name: str, directory: Path | None) -> dict[str, Any]:
     }
 
 
+def installation_table(installation: dict[str, Any]) -> Table:
+    shown = Table.grid(padding=(0, 2))
+    for name, value in installation.items():
+        shown.add_row(name, Text(_told(value)))
+    return shown
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(value) if isinstance(value, list) else "none" if value is None else str(value)
+
+
+def model_table(models: list[dict[str, Any]]) -> Table:
+    """A PRM's own head is not counted among the parameters; attention's FLOPs are for every earlier token that a token sees."""
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    headings = ["model", "architecture", "parameters", "layers", "width", "heads\n/ KV", "KV bytes/token\nfloat32 / bfloat16",
+                "FLOPs/token\nlayers", "FLOPs\nlogits", "FLOPs/attended\ntoken"]  # fmt: skip
+    for i, heading in enumerate(headings):
+        shown.add_column(heading, justify="left" if i < 2 else "right", no_wrap=i > 0, overflow="fold", vertical="bottom")
+    for model in models:
+        kv = " / ".join(short(size) for size in model["kv_bytes_per_token"].values())
+        flops = [short(model[f"flops_per_{what}"]) for what in ("token", "logits", "attended_token")]
+        sizes = [short(model["parameters"]), str(model["layers"]), str(model["hidden_size"]), f"{model['heads']} / {model['kv_heads']}"]
+        shown.add_row(*(Text(cell) for cell in (harmless(model["name"]), model["architecture"], *sizes, kv, *flops)))
+    return shown
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
@@ -71,13 +103,6 @@ def _from_hub(name: str) -> Path:
     except Exception as error:  # a dozen types, from a bad id to a network that is not there
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{name} is no directory, and its config.json could not be had from the hub: {reason}") from error
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _cpu_flags() -> set[str]:

@@ -119,3 +119,13 @@ def table(cells: Sequence[Cell], title: str | None = None) -> Table:
         last = i + 1 == len(cells) or cells[i + 1].policy != cell.policy
         drawn.add_row(*(show(cell) for _, show in COLUMNS), end_section=last)
     return drawn
+
+
+def aggregate_rows(records: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for each way of choosing among the branches: its share of problems solved. None where there was one branch."""
+    names = dict.fromkeys(name for record in records for name in record["aggregates"])
+    lines = []
+    for name in names:
+        solved = sum(bool(record["aggregates"].get(name, {}).get("correct")) for record in records)
+        lines.append(f"{name:>10}  {percent(solved / len(records), wilson(solved, len(records)))} %")
+    return lines

@@ -1,0 +1,129 @@
+"""Random numbers against their published answers, and what is drawn with them."""
+
+import numpy as np
+import pytest
+import torch
+
+from tts_engine.sampling import Sampling, gumbel, philox, philox_key, sample
+
+KEY = np.array([[1, 2]], np.uint32)
+
+
+def words(text: str) -> np.ndarray:
+    return np.array([int(word, 16) for word in text.split()], np.uint32)
+
+
+def noise(identity: int, position: int = 0, key: np.ndarray = KEY, vocab_size: int = 37) -> np.ndarray:
+    return gumbel(key, np.array([identity], np.uint64), np.array([position]), vocab_size)[0]
+
+
+def draw(logits: torch.Tensor, sampling: Sampling, count: int, start: int = 0) -> np.ndarray:
+    """`count` draws of different identities from one row of logits."""
+    rows = logits.expand(count, -1)
+    identities = np.arange(start, start + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return sample(rows, sampling, np.repeat(KEY, count, axis=0), identities, np.full(count, 5))
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "known"),
+    [
+        ("0 0 0 0", "0 0", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_philox_gives_the_known_answers_of_random123(counter, key, known):
+    np.testing.assert_array_equal(philox(words(counter), words(key)), words(known))
+
+
+def test_the_counter_is_block_of_four_tokens_then_position_then_identity():
+    identity, position, vocab_size = 0x0123456789ABCDEF, 77, 10
+    ref = []
+    for token in range(vocab_size):
+        counter = np.array([token // 4, position, identity & 0xFFFFFFFF, identity >> 32], np.uint32)
+        uniform = (int(philox(counter, KEY[0])[token % 4]) + 0.5) / 2**32
+        ref.append(-np.log(-np.log(uniform)))
+    np.testing.assert_array_equal(noise(identity, position, vocab_size=vocab_size), np.array(ref, np.float32))
+
+
+def test_noise_does_not_depend_on_the_batch_it_is_made_in():
+    identities, positions = np.array([3, 2**63 + 1, 9], np.uint64), np.array([0, 5, 123])
+    keys = np.array([[1, 2], [3, 4], [5, 6]], np.uint32)
+    together = gumbel(keys, identities, positions, 41)
+    for i in range(3):
+        np.testing.assert_array_equal(gumbel(keys[i : i + 1], identities[i : i + 1], positions[i : i + 1], 41)[0], together[i])
+    np.testing.assert_array_equal(gumbel(keys[::-1], identities[::-1], positions[::-1], 41), together[::-1])
+    np.testing.assert_array_equal(gumbel(keys, identities, positions, 40), together[:, :40])
+
+
+def test_any_other_identity_position_or_key_draws_other_numbers():
+    rows = [noise(1), noise(2), noise(1 + 2**32), noise(1, position=1), noise(1, key=KEY + np.uint32(1)), noise(1, key=KEY[:, ::-1])]
+    for i, one in enumerate(rows):
+        for other in rows[:i]:
+            assert not np.intersect1d(one, other).size
+
+
+def test_a_problem_and_a_seed_have_a_key_of_their_own():
+    keys = [philox_key(seed, problem) for seed in range(3) for problem in ("a", "b", "1/a")]
+    assert len(set(keys)) == len(keys)
+    assert all(0 <= word < 2**32 for key in keys for word in key)
+
+
+@pytest.mark.parametrize("word", [0, 0xFFFFFFFF])
+def test_a_uniform_is_never_0_or_1_so_noise_is_finite(monkeypatch, word):
+    monkeypatch.setattr("tts_engine.sampling.philox", lambda counter, key: np.full(counter.shape, word, np.uint32))
+    out = noise(1)
+    assert np.isfinite(out).all()
+    assert out[0] == pytest.approx(-np.log(33 * np.log(2)) if word == 0 else 33 * np.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.4, 0.7, 1.0, 2.5])
+def test_tokens_come_as_often_as_softmax_says(temperature):
+    logits = torch.randn(1, 17, generator=torch.Generator().manual_seed(0))
+    count = 20_000
+    expected = count * (logits[0].double() / temperature).softmax(-1).numpy()
+    seen = np.bincount(draw(logits, Sampling(temperature=temperature), count), minlength=17)
+    likely = expected > 5
+    rare = ~likely
+    statistic = ((seen - expected)[likely] ** 2 / expected[likely]).sum()
+    assert statistic < 39.3  # chi-square with 16 degrees of freedom exceeds this once in a thousand
+    assert seen[rare].sum() <= expected[rare].sum() + 5 * np.sqrt(expected[rare].sum()) + 1
+
+
+def test_temperature_0_takes_the_likeliest_token():
+    logits = torch.randn(9, 33, generator=torch.Generator().manual_seed(1))
+    out = sample(logits, Sampling(temperature=0.0), np.repeat(KEY, 9, axis=0), np.arange(9, dtype=np.uint64), np.zeros(9, np.int64))
+    np.testing.assert_array_equal(out, logits.argmax(-1).numpy())
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (5, 1.0), (0, 0.3), (0, 0.9), (5, 0.8), (3, 0.95), (50, 1.0)])
+def test_top_k_then_top_p_leave_exactly_the_tokens_that_transformers_leaves(top_k, top_p):
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    logits = 2 * torch.randn(1, 23, generator=torch.Generator().manual_seed(2))
+    left = logits / 0.7
+    if top_k:
+        left = TopKLogitsWarper(top_k)(None, left)
+    left = TopPLogitsWarper(top_p)(None, left)
+    ref = set(torch.isfinite(left[0]).nonzero().flatten().tolist())
+    tokens = draw(logits, Sampling(temperature=0.7, top_k=top_k, top_p=top_p), 20_000)
+    allowed = {token for token in ref if left[0].softmax(-1)[token] * 20_000 > 20}
+    assert allowed <= set(tokens.tolist()) <= ref
+
+
+def test_restricting_changes_a_draw_only_where_its_token_was_ruled_out():
+    logits = torch.randn(1, 23, generator=torch.Generator().manual_seed(3))
+    free = draw(logits, Sampling(temperature=1.0), 500)
+    narrow = draw(logits, Sampling(temperature=1.0, top_k=4), 500)
+    kept = np.isin(free, logits[0].topk(4).indices.numpy())
+    assert kept.any() and not kept.all()
+    np.testing.assert_array_equal(narrow[kept], free[kept])
+
+
+@pytest.mark.parametrize("setting", [{"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")},
+                                     {"temperature": 1.0, "top_k": -1}, {"temperature": 1.0, "top_p": 0.0},
+                                     {"temperature": 1.0, "top_p": 1.1}], ids=str)  # fmt: skip
+def test_senseless_settings_are_named(setting):
+    with pytest.raises(ValueError, match=f"{list(setting)[-1]}="):
+        Sampling(**setting)

@@ -1,0 +1,369 @@
+"""The command line: one verb a subcommand, a table for people, and with --json one last line for programs.
+
+Whatever a user can mend is one sentence and exit code 2. What takes torch is imported by the verbs that need it, so that help
+is quick.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .embedded import BLOCK_SIZE, MODELS, NAMES, model_path
+from .errors import EngineError
+from .report.versions import package_version
+from .search import METHODS, PRESETS, Method, make_method
+
+if TYPE_CHECKING:
+    from .engine import EngineConfig
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+POLICY, PRM, METHOD, BUDGET = "policy-s", "prm-good", "beam", 16
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"error: {message} (see {self.prog} --help)\n")
+
+
+def number(read: Callable[[str], float], holds: Callable[[float], bool], words: str) -> Callable[[str], float]:
+    """An argparse type: `words` say what it must be."""
+
+    def parse(text: str) -> float:
+        try:
+            value = read(text)
+        except ValueError:
+            value = math.nan
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
+        return value
+
+    return parse
+
+
+def read_bytes(text: str) -> int:
+    digits, unit = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")
+    if unit not in BYTE_UNITS:
+        raise ValueError(text)
+    return int(digits) << BYTE_UNITS[unit]
+
+
+BYTE_UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
+integer = number(int, lambda value: value == value, "a whole number")
+whole = number(int, lambda value: value >= 1, "a whole number of at least 1")
+not_negative = number(int, lambda value: value >= 0, "a whole number of at least 0")
+share = number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+real = number(float, lambda value: value == value, "a number")
+size = number(read_bytes, lambda value: value >= 1, "a number of bytes such as 512M or 4G")
+
+# Settings of EngineConfig: name, how it is read (None: a switch), help. The defaults are EngineConfig's; a test compares.
+ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
+    ("dtype", str, "float32 or bfloat16 (default float32)"),
+    ("device", str, "cpu or cuda (default cpu)"),
+    ("backend", str, "attention: per_branch or reference (default per_branch; reference with --deterministic)"),
+    ("kv_bytes", size, "keys and values of both models, in bytes; 512M, 4G (default 512M)"),
+    ("block_size", whole, f"tokens a KV block (default 16; {BLOCK_SIZE} for the models that ship)"),
+    ("max_rows", whole, "draws decoded side by side (default 512)"),
+    ("max_step_tokens", whole, "tokens after which a step is cut (default 2048)"),
+    ("max_tokens", whole, "tokens after which a solution is cut (default 8192)"),
+    ("top_k", not_negative, "draw from the k likeliest tokens; 0 for all (default 0)"),
+    ("top_p", share, "draw from the likeliest tokens of this joint probability (default 1.0)"),
+    ("system", str, "system message (default: to reason step by step and box the answer; none for the models that ship)"),
+    ("prm_family", str, "qwen2.5-math-prm or math-shepherd, where the PRM's files do not say"),
+    ("deterministic", None, "a problem's tokens never depend on what runs beside it; slower"),
+]
+
+
+def make_parser() -> Parser:
+    engine, method, json_last = (argparse.ArgumentParser(add_help=False) for _ in range(3))
+    models = engine.add_argument_group("models", f"{', '.join(NAMES)} ship with the package; else a directory or a hub id")
+    models.add_argument("--policy", metavar="P", default=POLICY, help="who writes the steps (default %(default)s)")
+    models.add_argument("--prm", metavar="Q", help=f"who scores them (default {PRM} beside a policy that ships)")
+    group = engine.add_argument_group("engine")
+    for name, read, text in ENGINE_OPTIONS:
+        how: dict[str, Any] = {"action": "store_true"} if read is None else {"type": read, "metavar": name.split("_")[-1].upper()}
+        group.add_argument(f"--{name.replace('_', '-')}", default=None, help=text, **how)
+    group.add_argument("--threads", type=whole, metavar="N", help="CPU threads (default: torch's own choice)")
+
+    group = method.add_argument_group("method")
+    group.add_argument("--method", choices=METHODS, default=METHOD, help=f"{', '.join(METHODS)} (default {METHOD})", metavar="M")
+    group.add_argument("--n", type=integer, help=f"candidate steps a round, or whole solutions (default {BUDGET}; cot has none)")
+    group.add_argument("--width", type=integer, help="draws for each kept branch, for beam and dvts (default 4)")
+    group.add_argument("--rules", choices=PRESETS, metavar="R", help=f"{', '.join(PRESETS)}: what finished branches do (default paper)")
+    group.add_argument("--temperature", type=real, help="of the draws (default: the rules', 0.7 or 0.8; cot is greedy)")
+    group.add_argument("--max-steps", type=integer, metavar="STEPS", help="steps after which a solution is cut (default 40)")
+    group.add_argument("--seed", type=integer, default=0, help="of all random numbers (default 0)")
+    json_last.add_argument("--json", action="store_true", help="end with one JSON line on standard output")
+
+    parser = Parser(prog="tts-engine", description="Test-time scaling: a policy writes steps, a PRM scores them, a search keeps the best.")
+    parser.add_argument("--version", action="version", version=f"tts-engine {package_version('tts-engine') or '(not installed)'}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str, *parents: argparse.ArgumentParser,
+             under: Any = verbs) -> argparse.ArgumentParser:  # fmt: skip
+        made: argparse.ArgumentParser = under.add_parser(name, help=text, description=text, parents=parents)
+        made.set_defaults(run=run)
+        return made
+
+    solve = verb("solve", run_solve, "search one problem and show the chosen solution", engine, method, json_last)
+    solve.add_argument("problem", metavar="PROBLEM", help="the problem's text")
+    solve.add_argument("--tree", action="store_true", help="draw every step of the search")
+
+    evaluate = verb("eval", run_eval, "search a task's problems, keep every step on disk, report accuracy", engine, method, json_last)
+    evaluate.add_argument("--task", required=True, metavar="T", help="embedded, or a JSONL file with problem and answer fields")
+    evaluate.add_argument("--split", default="test", help="of the task (default %(default)s)")
+    evaluate.add_argument("--limit", type=whole, metavar="K", help="only the first K problems (default: all)")
+    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="made, or continued where it stopped")
+
+    info = verb("info", run_info, "versions, CPU, and sizes of models, read from their config.json alone", json_last)
+    info.add_argument("--policy", metavar="P", help="a model by name, directory or hub id (default: all that ship)")
+    info.add_argument("--prm", metavar="Q", help="another")
+
+    demo = verb("demo", run_demo, "a small policy with search against a large one without", json_last)
+    demo.add_argument("--problems", type=whole, default=100, metavar="N", help="test problems (default %(default)s)")
+    demo.add_argument("--out", type=Path, metavar="DIR", help="for the runs and the plot (default runs/demo-TIME)")
+    demo.add_argument("--threads", type=whole, metavar="N", help="CPU threads (default: torch's own choice)")
+
+    embedded = verbs.add_parser("embedded", help="remake or re-measure the models that ship")
+    parts = embedded.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser)
+    train = verb("train", run_embedded_train, "remake every model that is missing, from nothing", under=parts)
+    train.add_argument("--out", type=Path, default=MODELS, metavar="DIR", help="for the models (default: the package's own folder)")
+    train.add_argument("--work", type=Path, default=Path("build/embedded"), metavar="DIR", help="for logs and samples (default %(default)s)")
+    check = verb("check", run_embedded_check, "measure the models anew and compare with their published figures", json_last, under=parts)
+    check.add_argument("--problems", type=whole, metavar="N", help="calibration problems (default: all)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except EngineError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'} cannot be used: {error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_USAGE
+
+
+# --- verbs ----------------------------------------------------------------------------------------------------------------
+
+
+def run_solve(args: argparse.Namespace) -> int:
+    method = chosen_method(args)
+    from .tasks.problems import BOXED_SYSTEM
+
+    policy, prm, settings = chosen_engine(args, method, BOXED_SYSTEM)
+    from .engine import Engine
+    from .report.solution import solution
+    from .report.tree import tree
+    from .runs import describe_result
+
+    if not is_text(args.problem):
+        raise EngineError("the problem is not UTF-8")
+    with Engine.from_pretrained(policy, prm, **settings) as engine:
+        [result] = engine.search(args.problem, method, seed=args.seed)
+        screen = console()
+        if args.tree:
+            screen.print(tree(result), "")
+        screen.print(solution(result))
+        if args.json:
+            print(json.dumps(describe_result(result, engine.grader)))
+    return 0
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    method = chosen_method(args)
+    from .tasks.problems import find_task
+
+    task = find_task(args.task)
+    problems = task.load(args.split)
+    policy, prm, settings = chosen_engine(args, method, task.system)
+    from .engine import Engine, EngineConfig
+    from .models.weights import resolve_checkpoint
+    from .report.progress import Progress
+    from .report.table import aggregate_rows, cell_of, table
+    from .runs import Run, describe_run, evaluate
+
+    directories = [resolve_checkpoint(model) for model in (policy, prm) if model is not None]
+    description = describe_run(
+        policy=directories[0], prm=directories[1] if prm is not None else None, config=EngineConfig(**settings), method=method,
+        seed=args.seed, task=task.name, split=args.split, limit=args.limit, problems=problems,
+    )  # fmt: skip
+    problems = problems[: args.limit]
+    with Run(args.out, description) as run:
+        if len(run.done) < len(problems):
+            try:
+                with Engine.from_pretrained(*directories, **settings) as engine, Progress(len(problems)) as progress:
+                    progress.begin(method.name, run.records)
+                    with closing(evaluate(engine, problems, method, run, seed=args.seed)) as finished:
+                        for record in finished:
+                            progress.advance(record)
+            except KeyboardInterrupt:
+                print(f"interrupted: {len(run.done)} of {len(problems)} problems are safe in {args.out}; run the same command "
+                      "again to continue", file=sys.stderr)  # fmt: skip
+                return EXIT_INTERRUPTED
+        cell = cell_of(run.records, Path(args.policy).name, method.uses_prm)
+        failed = [record["id"] for record in run.records if record["error"]]
+        screen = console()
+        screen.print(table([cell], f"{task.name}, {args.split}: {len(problems)} problems"))
+        for row in aggregate_rows(run.records):
+            screen.print(row)
+        screen.print(f"in {args.out}", markup=False, highlight=False)
+        if failed:
+            print(f"{len(failed)} problems could not be searched and count as not solved, {failed[0]} among them; "
+                  f"their records say why", file=sys.stderr)  # fmt: skip
+        if args.json:
+            print(json.dumps(cell.as_dict() | {"failed": len(failed), "out": str(args.out)}))
+    return EXIT_FAILED if failed else 0
+
+
+def run_info(args: argparse.Namespace) -> int:
+    from .report import info
+
+    asked = [name for name in (args.policy, args.prm) if name is not None]
+    named = asked or [name for name in NAMES if model_path(name).is_dir()]
+    report = {"installation": info.installation(), "models": [info.model(name, local_directory(name)) for name in named]}
+    screen = console()
+    screen.print(info.installation_table(report["installation"]))
+    if named:
+        screen.print(info.model_table(report["models"]))
+    if args.json:
+        print(json.dumps(report))
+    return 0
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    set_threads(args.threads)
+    from . import demo
+    from .errors import MissingExtra
+    from .report.plot import plot_accuracy
+    from .report.progress import Progress
+    from .report.table import table
+
+    out = args.out or demo.default_directory()
+    with Progress(args.problems * sum(len(methods) for *_, methods in demo.LINE_UP)) as progress:
+        cells = demo.run_demo(args.problems, out, progress)
+    verdict = demo.verdict(cells)
+    screen = console()
+    screen.print(table(cells, f"{args.problems} problems of the embedded task's test split"))
+    screen.print(verdict.sentence, markup=False, highlight=False)
+    plot: Path | None = out / "accuracy.png"
+    try:
+        plot_accuracy(cells, out / "accuracy.png", f"{args.problems} test problems of the embedded task")
+    except MissingExtra as missing:
+        plot = None
+        print(missing, file=sys.stderr)
+    screen.print(f"\nruns: {out}" + (f"\nplot: {plot}" if plot else ""), markup=False, highlight=False, soft_wrap=True)
+    if args.json:
+        print(json.dumps({"problems": args.problems, "cells": [cell.as_dict() for cell in cells], "verdict": verdict.as_dict(),
+                          "out": str(out), "plot": str(plot) if plot else None}))  # fmt: skip
+    return 0
+
+
+def run_embedded_train(args: argparse.Namespace) -> int:
+    from .embedded.train import train_all
+
+    train_all(args.out, args.work)
+    return 0
+
+
+def run_embedded_check(args: argparse.Namespace) -> int:
+    from .embedded.check import check
+
+    figures = check(args.problems)
+    if args.json:
+        print(json.dumps({name: {"value": figure.value, "error": figure.error} for name, figure in figures.items()}))
+    return 0
+
+
+# --- what verbs share -----------------------------------------------------------------------------------------------------
+
+
+def chosen_method(args: argparse.Namespace) -> Method:
+    """The method with the settings that were given; the budget has a default, for the methods that have a budget."""
+    named = {name: getattr(args, name) for name in ("n", "width", "rules", "temperature", "max_steps")}
+    settings = {name: value for name, value in named.items() if value is not None}
+    if "n" in {field.name for field in fields(METHODS[args.method])}:
+        settings.setdefault("n", BUDGET)
+    return make_method(args.method, **settings)
+
+
+def chosen_engine(
+    args: argparse.Namespace, method: Method, system: str | None
+) -> tuple[str | Path, str | Path | None, dict[str, Any]]:
+    """Policy, PRM (none where the method reads none) and EngineConfig's settings, of options checked as far as they can be."""
+    given = {name: getattr(args, name) for name, *_ in ENGINE_OPTIONS}
+    settings = {name: value for name, value in given.items() if value is not None}
+    ships = args.policy in NAMES
+    if ships:
+        settings.setdefault("block_size", BLOCK_SIZE)
+    elif system is not None:
+        settings.setdefault("system", system)
+    prm = args.prm if args.prm is not None or not ships else PRM
+    if method.uses_prm and prm is None:
+        raise EngineError(f"{method.name} needs a PRM: give --prm")
+    set_threads(args.threads)
+    check_device(settings.get("device", "cpu"))
+    models = [local_directory(name) or name if name is not None else None for name in (args.policy, prm)]
+    policy = models[0]
+    assert policy is not None
+    return policy, models[1] if method.uses_prm else None, settings
+
+
+def local_directory(name: str) -> Path | None:
+    """Where a model of this name lies: with the package, or wherever the user says; None for a hub id."""
+    if name in NAMES:
+        return model_path(name)
+    return Path(name) if Path(name).is_dir() else None
+
+
+def check_device(device: str) -> None:
+    if device == "cpu":
+        return
+    import torch
+
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or (index and not index.isdecimal()):
+        raise EngineError(f"no device {device!r}; known: cpu, cuda, cuda:INDEX")
+    if int(index or 0) >= torch.cuda.device_count():
+        raise EngineError(f"--device {device}: torch {torch.__version__} finds {torch.cuda.device_count()} GPUs here")
+
+
+def set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def console() -> Any:
+    """Standard output; at least wide enough for our tables where it is no terminal."""
+    from rich.console import Console
+
+    screen = Console(highlight=False)
+    return screen if screen.is_terminal else Console(highlight=False, width=max(screen.width, 132))
