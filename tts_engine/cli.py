@@ -10,18 +10,14 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from .embedded import BLOCK_SIZE, MODELS, NAMES, model_path
 from .errors import EngineError
 from .report.versions import package_version
 from .search import METHODS, PRESETS, Method, make_method
-
-if TYPE_CHECKING:
-    from .engine import EngineConfig
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 POLICY, PRM, METHOD, BUDGET = "policy-s", "prm-good", "beam", 16
@@ -100,13 +96,13 @@ def make_parser() -> Parser:
     group.add_argument("--method", choices=METHODS, default=METHOD, help=f"{', '.join(METHODS)} (default {METHOD})", metavar="M")
     group.add_argument("--n", type=integer, help=f"candidate steps a round, or whole solutions (default {BUDGET}; cot has none)")
     group.add_argument("--width", type=integer, help="draws for each kept branch, for beam and dvts (default 4)")
-    group.add_argument("--rules", choices=PRESETS, metavar="R", help=f"{', '.join(PRESETS)}: what finished branches do (default paper)")
+    group.add_argument("--rules", choices=PRESETS, metavar="R", help=f"{', '.join(PRESETS)}, as documented (default paper)")
     group.add_argument("--temperature", type=real, help="of the draws (default: the rules', 0.7 or 0.8; cot is greedy)")
     group.add_argument("--max-steps", type=integer, metavar="STEPS", help="steps after which a solution is cut (default 40)")
     group.add_argument("--seed", type=integer, default=0, help="of all random numbers (default 0)")
     json_last.add_argument("--json", action="store_true", help="end with one JSON line on standard output")
 
-    parser = Parser(prog="tts-engine", description="Test-time scaling: a policy writes steps, a PRM scores them, a search keeps the best.")
+    parser = Parser(prog="tts-engine", description="A policy writes steps, a reward model scores them, a search keeps the best.")
     parser.add_argument("--version", action="version", version=f"tts-engine {package_version('tts-engine') or '(not installed)'}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser)
 
@@ -120,7 +116,7 @@ def make_parser() -> Parser:
     solve.add_argument("problem", metavar="PROBLEM", help="the problem's text")
     solve.add_argument("--tree", action="store_true", help="draw every step of the search")
 
-    evaluate = verb("eval", run_eval, "search a task's problems, keep every step on disk, report accuracy", engine, method, json_last)
+    evaluate = verb("eval", run_eval, "search a task's problems, keep every step, report accuracy", engine, method, json_last)
     evaluate.add_argument("--task", required=True, metavar="T", help="embedded, or a JSONL file with problem and answer fields")
     evaluate.add_argument("--split", default="test", help="of the task (default %(default)s)")
     evaluate.add_argument("--limit", type=whole, metavar="K", help="only the first K problems (default: all)")
@@ -139,8 +135,8 @@ def make_parser() -> Parser:
     parts = embedded.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser)
     train = verb("train", run_embedded_train, "remake every model that is missing, from nothing", under=parts)
     train.add_argument("--out", type=Path, default=MODELS, metavar="DIR", help="for the models (default: the package's own folder)")
-    train.add_argument("--work", type=Path, default=Path("build/embedded"), metavar="DIR", help="for logs and samples (default %(default)s)")
-    check = verb("check", run_embedded_check, "measure the models anew and compare with their published figures", json_last, under=parts)
+    train.add_argument("--work", type=Path, default=Path("build/embedded"), metavar="DIR", help="for logs (default %(default)s)")
+    check = verb("check", run_embedded_check, "measure the models anew and compare with what ships", json_last, under=parts)
     check.add_argument("--problems", type=whole, metavar="N", help="calibration problems (default: all)")
     return parser
 
@@ -212,9 +208,7 @@ def run_eval(args: argparse.Namespace) -> int:
             try:
                 with Engine.from_pretrained(*directories, **settings) as engine, Progress(len(problems)) as progress:
                     progress.begin(method.name, run.records)
-                    with closing(evaluate(engine, problems, method, run, seed=args.seed)) as finished:
-                        for record in finished:
-                            progress.advance(record)
+                    evaluate(engine, problems, method, run, seed=args.seed, finished=progress.advance)
             except KeyboardInterrupt:
                 print(f"interrupted: {len(run.done)} of {len(problems)} problems are safe in {args.out}; run the same command "
                       "again to continue", file=sys.stderr)  # fmt: skip
@@ -239,13 +233,14 @@ def run_info(args: argparse.Namespace) -> int:
 
     asked = [name for name in (args.policy, args.prm) if name is not None]
     named = asked or [name for name in NAMES if model_path(name).is_dir()]
-    report = {"installation": info.installation(), "models": [info.model(name, local_directory(name)) for name in named]}
+    models = [info.model(name, local_directory(name)) for name in named]
+    installation = info.installation()
     screen = console()
-    screen.print(info.installation_table(report["installation"]))
-    if named:
-        screen.print(info.model_table(report["models"]))
+    screen.print(info.installation_table(installation))
+    if models:
+        screen.print(info.model_table(models))
     if args.json:
-        print(json.dumps(report))
+        print(json.dumps({"installation": installation, "models": models}))
     return 0
 
 
@@ -258,8 +253,12 @@ def run_demo(args: argparse.Namespace) -> int:
     from .report.table import table
 
     out = args.out or demo.default_directory()
-    with Progress(args.problems * sum(len(methods) for *_, methods in demo.LINE_UP)) as progress:
-        cells = demo.run_demo(args.problems, out, progress)
+    try:
+        with Progress(args.problems * sum(len(methods) for *_, methods in demo.LINE_UP)) as progress:
+            cells = demo.run_demo(args.problems, out, progress)
+    except KeyboardInterrupt:
+        print(f"interrupted: what is finished is safe; continue with --problems {args.problems} --out {out}", file=sys.stderr)
+        return EXIT_INTERRUPTED
     verdict = demo.verdict(cells)
     screen = console()
     screen.print(table(cells, f"{args.problems} problems of the embedded task's test split"))

@@ -17,7 +17,7 @@ from .report.table import Cell, cell_of
 from .report.text import figures
 from .runs import Run, describe_run, evaluate
 from .search import Method, make_method
-from .tasks.problems import Problem, load_task
+from .tasks.problems import load_task
 
 TASK, SPLIT = "embedded", "test"
 SMALL, LARGE, PRM = "policy-s", "policy-l", "prm-good"
@@ -76,7 +76,8 @@ class Verdict:
 
 
 def _told(cell: Cell) -> str:
-    return f"{cell.policy} with {cell.label} solves {100 * cell.accuracy:.1f} % at {figures(cell.gflop_per_problem)} GFLOP a problem"
+    cost = figures(cell.gflop_per_problem)
+    return f"{cell.policy} with {cell.label} solves {100 * cell.accuracy:.1f} % at {cost} GFLOP a problem in all"
 
 
 def verdict(cells: Sequence[Cell]) -> Verdict:
@@ -103,23 +104,17 @@ def run_demo(problems: int, out: Path, progress: Progress, seed: int = 0) -> lis
         directories = [model_path(name) for name in (policy, prm) if name is not None]
         with Engine.from_pretrained(*directories, block_size=BLOCK_SIZE) as engine:
             for method in methods:
-                cells.append(_run_cell(engine, directories, method, split, problems, out, progress, seed))
+                description = describe_run(
+                    policy=directories[0], prm=directories[1] if prm else None, config=engine.config, method=method, seed=seed,
+                    task=TASK, split=SPLIT, limit=problems, problems=split,
+                )  # fmt: skip
+                name = method.name if method.n == 1 else f"{method.name}-n{method.n}"
+                engine.forget()
+                with Run(out / f"{policy}-{name}", description) as run:
+                    progress.begin(f"{policy}, {name}", run.records)
+                    evaluate(engine, split[:problems], method, run, seed=seed, finished=progress.advance)
+                    cells.append(cell_of(run.records, policy, method.uses_prm))
     return cells
-
-
-def _run_cell(
-    engine: Engine, directories: list[Path], method: Method, split: list[Problem], limit: int, out: Path, progress: Progress, seed: int
-) -> Cell:
-    policy, prm = directories[0], directories[1] if len(directories) > 1 else None
-    description = describe_run(policy=policy, prm=prm, config=engine.config, method=method, seed=seed, task=TASK, split=SPLIT,
-                               limit=limit, problems=split)  # fmt: skip
-    name = method.name if method.n == 1 else f"{method.name}-n{method.n}"
-    engine.forget()
-    with Run(out / f"{policy.name}-{name}", description) as run:
-        progress.begin(f"{policy.name}, {name}", run.records)
-        for record in evaluate(engine, split[:limit], method, run, seed=seed):
-            progress.advance(record)
-        return cell_of(run.records, policy.name, method.uses_prm)
 
 
 def default_directory() -> Path:

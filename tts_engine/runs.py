@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -145,8 +145,9 @@ class Run:
             raise RunError(f"{self.directory} cannot be used as a run's directory: {error.strerror}") from error
         try:
             self._lock()
-            for record, self._end in _read_lines(self.directory / PROBLEMS):
+            for record, end in _read_lines(self.directory / PROBLEMS):
                 self.records.append(_outcome(record))
+                self._end = end
             self._settle(description)
             os.ftruncate(self._file, self._end)
         except BaseException:
@@ -194,7 +195,7 @@ class Run:
         file = self.directory / RUN
         if not file.exists():
             if self.records:
-                raise RunError(f"{self.directory} holds {PROBLEMS} and no {RUN}, so nobody knows its settings: choose another --out")
+                raise RunError(f"{self.directory} holds {PROBLEMS} without {RUN}, so its settings are lost: choose another --out")
             _write_whole(file, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
             return
         refuse_unless_same(self.directory, read_description(self.directory), description)
@@ -227,11 +228,13 @@ def refuse_unless_same(directory: Path, made: dict[str, Any], asked: dict[str, A
     named = keys[:MOST_DIFFERENCES]
     have, want = (" and ".join(f"{_setting(key)}={_value(side.get(key))}" for key in named) for side in (before, now))
     more = f" (and {len(keys) - len(named)} settings more)" if len(keys) > len(named) else ""
-    raise RunError(f"{directory} was made with {have}, not {want}{more}; repeat its settings to continue it, or choose another --out")
+    raise RunError(f"{directory} was made with {have}, not {want}{more}; use its settings to continue it, or choose another --out")
 
 
-def evaluate(engine: Engine, problems: Sequence[Problem], method: Method, run: Run, *, seed: int) -> Iterator[dict[str, Any]]:
-    """Search what the run lacks; each record once it is on the disk.
+def evaluate(
+    engine: Engine, problems: Sequence[Problem], method: Method, run: Run, *, seed: int, finished: Callable[[dict[str, Any]], None]
+) -> None:
+    """Search what the run lacks; `finished` is told of each record once it is on the disk.
 
     A problem that can never fit is recorded as an error and the rest go on; where none fits, that is an error of the settings
     and raised. `seconds` of a record is the time since the one before it, so they add up to the time the run took.
@@ -243,18 +246,18 @@ def evaluate(engine: Engine, problems: Sequence[Problem], method: Method, run: R
         raise next(iter(refused.values()))
     mark = time.perf_counter()
 
-    def finished(record: dict[str, Any]) -> dict[str, Any]:
+    def put(record: dict[str, Any]) -> None:
         nonlocal mark
         now = time.perf_counter()
         record["seconds"], mark = round(now - mark, 6), now
         run.append(record)
-        return record
+        finished(record)
 
     for problem in waiting:
         if problem.id in refused:
-            yield finished(describe_failure(problem, method, seed, refused[problem.id]))
+            put(describe_failure(problem, method, seed, refused[problem.id]))
     for result in engine.stream([problem for problem in waiting if problem.id not in refused], method, seed=seed):
-        yield finished(describe_result(result, engine.grader))
+        put(describe_result(result, engine.grader))
 
 
 def _refusal(engine: Engine, problem: Problem, method: Method, seed: int) -> EngineError | None:

@@ -96,9 +96,9 @@ def _encode(tokenizer: Any, text: str, **options: bool) -> list[int]:
 def _spelling(tokenizer: Any) -> Any:
     """The function from a vocabulary entry to its bytes."""
     decoder = tokenizer.backend_tokenizer.decoder
-    steps = json.loads(decoder.__getstate__()) if decoder is not None else {"type": "Fuse"}
-    steps = steps["decoders"] if steps["type"] == "Sequence" else [steps]
-    kinds = {step["type"] for step in steps}
+    step: dict[str, Any] = json.loads(decoder.__getstate__()) if decoder is not None else {"type": "Fuse"}
+    steps = step["decoders"] if step["type"] == "Sequence" else [step]
+    kinds = {s["type"] for s in steps}
     if "ByteLevel" in kinds:
         return _byte_level
     if kinds & {"Metaspace", "ByteFallback"}:

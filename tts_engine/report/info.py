@@ -90,7 +90,8 @@ def model_table(models: list[dict[str, Any]]) -> Table:
     for model in models:
         kv = " / ".join(short(size) for size in model["kv_bytes_per_token"].values())
         flops = [short(model[f"flops_per_{what}"]) for what in ("token", "logits", "attended_token")]
-        sizes = [short(model["parameters"]), str(model["layers"]), str(model["hidden_size"]), f"{model['heads']} / {model['kv_heads']}"]
+        sizes = [short(model["parameters"]), *(str(model[size]) for size in ("layers", "hidden_size"))]
+        sizes.append(f"{model['heads']} / {model['kv_heads']}")
         shown.add_row(*(Text(cell) for cell in (harmless(model["name"]), model["architecture"], *sizes, kv, *flops)))
     return shown
 

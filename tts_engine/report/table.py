@@ -81,9 +81,8 @@ def cell_of(records: Iterable[dict[str, Any]], policy: str, uses_prm: bool) -> C
 
 
 def _ledger(record: dict[str, Any]) -> Ledger:
-    parts = {"policy": PolicyLedger, "prm": PRMLedger}
-    counts = {name: part(**{f.name: record[name][f.name] for f in fields(part)}) for name, part in parts.items()}
-    return Ledger(**counts)
+    policy, prm = ({f.name: record[part][f.name] for f in fields(kind)} for part, kind in (("policy", PolicyLedger), ("prm", PRMLedger)))
+    return Ledger(policy=PolicyLedger(**policy), prm=PRMLedger(**prm))
 
 
 def prm_only(show: Callable[[Cell], str]) -> Callable[[Cell], str]:
