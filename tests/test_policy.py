@@ -122,7 +122,7 @@ def test_ids_beyond_the_tokenizer_add_nothing():
 def model(tmp_path_factory):
     """(transformers model, the directory it was saved to): steps of a dozen tokens, hardly an end."""
     directory = tmp_path_factory.mktemp("policy")
-    return random_policy_directory(directory, seed=5, leans={"<|endoftext|>": -9.0, "\n\n": 2.5}), directory
+    return random_policy_directory(directory, seed=19, leans={"<|endoftext|>": -9.0, "\n\n": 2.5}), directory
 
 
 def load(model, *, num_blocks: int = 200, max_rows: int = 64, **how) -> Policy:

@@ -11,6 +11,7 @@ from typing import Any
 
 from .embedded import BLOCK_SIZE, model_path
 from .engine import Engine
+from .errors import EngineError
 from .report.intervals import paired_difference
 from .report.progress import Progress
 from .report.table import Cell, cell_of
@@ -99,6 +100,8 @@ def verdict(cells: Sequence[Cell]) -> Verdict:
 def run_demo(problems: int, out: Path, progress: Progress, seed: int = 0) -> list[Cell]:
     """Every cell, its run in a directory of its own under `out`; runs that are there already are continued."""
     split = load_task(TASK, SPLIT)
+    if problems > len(split):
+        raise EngineError(f"the {TASK} task's {SPLIT} split has {len(split)} problems, not {problems}")
     cells = []
     for policy, prm, methods in LINE_UP:
         directories = [model_path(name) for name in (policy, prm) if name is not None]

@@ -81,7 +81,8 @@ def cell_of(records: Iterable[dict[str, Any]], policy: str, uses_prm: bool) -> C
 
 
 def _ledger(record: dict[str, Any]) -> Ledger:
-    policy, prm = ({f.name: record[part][f.name] for f in fields(kind)} for part, kind in (("policy", PolicyLedger), ("prm", PRMLedger)))
+    policy = {field.name: record["policy"][field.name] for field in fields(PolicyLedger)}
+    prm = {field.name: record["prm"][field.name] for field in fields(PRMLedger)}
     return Ledger(policy=PolicyLedger(**policy), prm=PRMLedger(**prm))
 
 

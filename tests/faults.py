@@ -1,0 +1,144 @@
+"""Plants known one-line bugs, one at a time, in a copy of the repository, and demands that a named test catches each.
+
+Run by `make faults`. A fault whose test passes, cannot be found in its file, or whose test does not pass without it, is a failure.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ("csrc", "tts_engine", "tests", "setup.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` stands once in `file` and is replaced by `new`; `test` is the one that must fail then."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+FAULTS = [
+    Fault("an interval's bounds swapped", "tts_engine/report/intervals.py",
+          "return max(0.0, centre - half), min(1.0, centre + half)", "return min(1.0, centre + half), max(0.0, centre - half)",
+          "tests/report/test_intervals.py"),
+    Fault("a PRM's read position off by one", "tts_engine/prm/families.py",
+          "read_at=-1, readout=TwoClassHead()", "read_at=-2, readout=TwoClassHead()",
+          "tests/prm/test_families.py::test_markers_stand_at_the_read_positions_and_nowhere_else"),
+    Fault("draw numbers restarted", "tts_engine/search/driver.py",
+          "self._drawn[branch.identity, lane] += 1", "self._drawn[branch.identity, lane] = 0",
+          "tests/search/test_driver.py::test_each_entry_is_its_parents_next_draw_and_a_second_visit_draws_anew"),
+    Fault("the lane left out of a draw's identity", "tts_engine/branch.py",
+          "packed = struct.pack(f\"<QI{len(lane)}IQ\", parent, len(lane), *lane, draw)", "packed = struct.pack(\"<QQ\", parent, draw)",
+          "tests/search/test_dvts.py::test_subtrees_of_a_uniform_policy_differ"),
+    Fault("a freed block reused", "csrc/kv_tree.cpp",
+          "    lease.blocks.erase(lease.blocks.begin(), lease.blocks.begin() + keep);\n", "",
+          "tests/kv/test_tree.py::test_ten_thousand_operations_agree_with_the_model_and_conserve_blocks"),
+    Fault("an idle parent evicted to make room for its child", "csrc/kv_tree.cpp",
+          "PinGuard guard(*this, parent);", "PinGuard guard(*this, kNone);",
+          "tests/kv/test_tree.py::test_an_idle_parent_survives_the_room_made_for_its_child"),
+    Fault("the newest node evicted first", "csrc/kv_tree.cpp",
+          "const int64_t handle = evictable_.begin()->second;", "const int64_t handle = std::prev(evictable_.end())->second;",
+          "tests/kv/test_tree.py::test_eviction_goes_leaf_first_and_oldest_first"),
+    Fault("a score stored on the sibling", "tts_engine/prm/scorer.py",
+          "self._answer(reading, [scores.get(node) for node in nodes])", "self._answer(reading, [scores.get(node) for node in taken[0][1]])",
+          "tests/prm/test_scorer.py"),
+    Fault("steps behind an evicted one taken for read", "tts_engine/prm/scorer.py",
+          "start = self.runner.tree.computed(node)", "start = len(ids) - 1",
+          "tests/prm/test_scorer.py"),
+    Fault("a token sees the one after it", "tts_engine/attention/per_branch.py",
+          "hidden = place[:, None] >= (lens - counts + within + 1)[:, :, None]", "hidden = place[:, None] >= (lens - counts + within + 2)[:, :, None]",
+          "tests/attention/test_per_branch.py::test_per_branch_agrees_with_reference"),
+    Fault("the definition of attention without its scale", "tts_engine/attention/reference.py",
+          "(q * keys).sum(-1) / math.sqrt(dim)", "(q * keys).sum(-1)",
+          "tests/attention/test_reference.py::test_reference_is_softmax_of_scaled_scores_times_values"),
+    Fault("a blank line across two tokens overlooked", "tts_engine/policy.py",
+          "across = ends_line & self._starts_line[tokens]", "across = ends_line & False",
+          "tests/test_policy.py::test_the_step_rule_is_the_first_blank_line_after_text_in_the_bytes_so_far"),
+    Fault("random numbers that forget the position", "tts_engine/sampling.py",
+          "counter[..., 1] = positions.astype(np.uint32)[:, None]", "counter[..., 1] = 0",
+          "tests/test_sampling.py::test_any_other_identity_position_or_key_draws_other_numbers"),
+    Fault("a preempted draw starts over", "tts_engine/policy.py",
+          "row.tokens = self._tokens[place, : self._length[place]].tolist()", "row.tokens = self._tokens[place, :1].tolist()",
+          "tests/test_policy.py::test_preempted_draws_resume_behind_the_tokens_they_have"),
+    Fault("a finished branch costs draws", "tts_engine/search/beam_search.py",
+          "draws = self.n if self.rules.finished == \"refill\" else self.width * len(live)", "draws = self.n",
+          "tests/search/test_beam_search.py::test_paper_finished_branches_compete_and_all_of_them_are_voted"),
+    Fault("a vote that counts heads where scores were asked for", "tts_engine/search/voting.py",
+          "groups.setdefault(answer, []).append(weight)", "groups.setdefault(answer, []).append(1.0)",
+          "tests/search/test_voting.py::test_a_vote_sums_weights_within_each_answer"),
+    Fault("plus and minus exchanged", "tts_engine/models/heads.py",
+          "self._difference = plus_row.float() - minus_row.float()", "self._difference = minus_row.float() - plus_row.float()",
+          "tests/models/test_heads.py::test_pair_head_is_the_softmax_of_two_logits"),
+    Fault("a torn last line left in a run", "tts_engine/runs.py",
+          "            os.ftruncate(self._file, self._end)\n        except BaseException:", "        except BaseException:",
+          "tests/test_runs.py"),
+    Fault("a label that forgives", "tts_engine/tasks/programs.py",
+          "labels.append(False)  # what is stated stays stated: hope never comes back", "labels.append(True)",
+          "tests/tasks/test_programs.py"),
+]  # fmt: skip
+
+
+def main() -> int:
+    failures = 0
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        copy = Path(folder) / "repository"
+        copy.mkdir()
+        for name in KEPT:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            elif source.exists():
+                shutil.copy2(source, copy / name)
+        healthy = dict.fromkeys(fault.test for fault in FAULTS)
+        if not passes(copy, *healthy):
+            print("the named tests do not pass without any fault", flush=True)
+            return 1
+        for fault in FAULTS:
+            verdict = plant(copy, fault)
+            failures += verdict != "caught"
+            print(f"{verdict:9} {fault.name}  ({fault.test})", flush=True)
+    print(f"{len(FAULTS) - failures} of {len(FAULTS)} faults caught")
+    return int(failures > 0)
+
+
+def plant(copy: Path, fault: Fault) -> str:
+    """Replace, test, restore; "caught", "missed" or "misplaced"."""
+    path = copy / fault.file
+    healthy = path.read_text(encoding="utf-8")
+    if healthy.count(fault.old) != 1:
+        return "misplaced"
+    native = path.suffix == ".cpp"
+    try:
+        path.write_text(healthy.replace(fault.old, fault.new), encoding="utf-8")
+        if native:
+            build(copy)
+        return "missed" if passes(copy, fault.test) else "caught"
+    finally:
+        path.write_text(healthy, encoding="utf-8")
+        if native:
+            build(copy)
+
+
+def passes(copy: Path, *tests: str) -> bool:
+    """Whether the tests run and pass; `python -m` puts the copy before any installed package."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    if done.returncode not in (0, 1):  # a usage or collection error catches nothing
+        raise SystemExit(f"pytest could not run {' '.join(tests)}:\n{done.stdout}{done.stderr}")
+    return done.returncode == 0
+
+
+def build(copy: Path) -> None:
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"], cwd=copy, check=True, capture_output=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

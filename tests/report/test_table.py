@@ -1,0 +1,57 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from tts_engine.ledger import Ledger, PolicyLedger, PRMLedger
+from tts_engine.report.table import aggregate_rows, cell_of, rows, table
+
+
+def record(name, correct, seconds=0.5, method="beam", n=4, **aggregates):
+    ledger = Ledger(
+        policy=PolicyLedger(tokens_generated=1000, linear_flops=1_500_000_000, attention_flops=500_000_000),
+        prm=PRMLedger(tokens_computed=800, tokens_reread=6400, linear_flops=2_000_000_000),
+    )
+    settings = {"name": method} | ({"n": n} if n else {})
+    verdicts = {k: {"answer": "1", "correct": v} for k, v in aggregates.items()}
+    return {"id": name, "method": settings, "correct": correct, "seconds": seconds, "ledger": ledger.as_dict(), "aggregates": verdicts}
+
+
+def test_a_cell_adds_up_its_records_in_order_of_their_ids():
+    cell = cell_of([record("b", True), record("a", False)], "policy-s", uses_prm=True)
+    assert (cell.ids, cell.correct, cell.accuracy) == (("a", "b"), (False, True), 0.5)
+    assert (cell.method, cell.n, cell.label) == ("beam", 4, "beam n=4")
+    assert cell.ledger.policy.tokens_generated == 2000 and cell.ledger.seconds == 1.0
+    assert cell.gflop == pytest.approx(8.0) and cell.gflop_per_problem == pytest.approx(4.0)
+    assert cell.correct_per_gflop == pytest.approx(1 / 8)
+    assert cell.as_dict()["interval_95"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
+
+
+def test_a_problem_that_failed_counts_as_not_solved_and_costs_nothing():
+    failed = record("c", False) | {"ledger": None}
+    cell = cell_of([record("a", True), failed], "p", uses_prm=True)
+    assert cell.accuracy == 0.5 and cell.gflop == pytest.approx(4.0)
+
+
+def test_rows_hold_what_the_demo_promises():
+    searched = cell_of([record("a", True), record("b", True)], "policy-s", uses_prm=True)
+    plain = cell_of([record("a", True, method="cot", n=None)], "policy-l", uses_prm=False)
+    heading, first, second = rows([searched, plain])
+    assert heading == ["policy", "method", "n", "accuracy % (95 %)", "generated k tokens", "PRM read k tokens",
+                       "if re-read k tokens", "policy GFLOP", "PRM GFLOP", "correct / GFLOP", "time s"]  # fmt: skip
+    assert first == ["policy-s", "beam", "4", "100.0 (34-100)", "2", "1.60", "12.8", "4", "4", "0.25", "1.0"]
+    assert second == ["policy-l", "cot", "1", "100.0 (21-100)", "1", "-", "-", "2", "-", "0.25", "0.5"]
+
+
+def test_the_drawn_table_shows_every_cell_within_a_page():
+    cells = [cell_of([record("a", True)], "policy-s", uses_prm=True)]
+    screen = Console(file=io.StringIO(), width=132)
+    screen.print(table(cells, "title"))
+    text = screen.file.getvalue()
+    assert "title" in text and "…" not in text
+    assert all(value in text for value in rows(cells)[1])
+
+
+def test_every_way_to_choose_has_its_share():
+    lines = aggregate_rows([record("a", True, majority=True, last_vote=False), record("b", True, majority=True, last_vote=True)])
+    assert [line.split()[:2] for line in lines] == [["majority", "100.0"], ["last_vote", "50.0"]]

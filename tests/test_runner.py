@@ -1,0 +1,116 @@
+"""Runs over nodes and leases against transformers; holding paths; what a branch may need."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tts_engine.attention import make_backend
+from tts_engine.errors import OutOfBlocks
+from tts_engine.kv.tree import NO_NODE, blocks_needed
+from tts_engine.ledger import ModelLedger
+from tts_engine.models.weights import load_decoder
+from tts_engine.runner import ModelRunner, Segments, pairs
+from tts_engine.testing import ChainDecoder, check_blocks, random_policy_directory, tiny_spec
+
+
+def runner(num_blocks: int = 32, block_size: int = 4) -> ModelRunner:
+    return ModelRunner(ChainDecoder(tiny_spec(), {}), make_backend("reference"), num_blocks=num_blocks, block_size=block_size)
+
+
+@pytest.mark.parametrize("backend", ["reference", "per_branch"])
+def test_a_prompt_its_steps_and_open_leases_in_one_forward_give_transformers_logits(tmp_path, backend):
+    model = random_policy_directory(tmp_path, seed=3)
+    out = ModelRunner(load_decoder(tmp_path), make_backend(backend), num_blocks=24, block_size=4)
+    out.cache.k.fill_(torch.nan)
+    prompt, left, right, tail = [7, 8, 9, 10, 11], [12], [13, 14, 15, 16], [17, 18]
+    a = out.hold_path([prompt, left])
+    b = out.hold_path([prompt, right])
+    lease = out.tree.lease(b[1])
+    assert a[0] == b[0] and out.tree.extend(lease, 2)
+    runs = [(a[0], False, 0, prompt), (a[1], False, 5, left), (b[1], False, 5, right), (lease, True, 9, tail)]
+    runs = [runs[i] for i in (3, 1, 0, 2)]  # in any order
+    segments = Segments(
+        handles=np.array([run[0] for run in runs]),
+        is_lease=np.array([run[1] for run in runs]),
+        starts=np.zeros(4, np.int32),
+        counts=np.array([len(run[3]) for run in runs], np.int32),
+        path_starts=np.array([run[2] for run in runs], np.int32),
+        token_ids=np.concatenate([run[3] for run in runs]),
+    )
+    hidden = out.forward(segments, np.arange(12))
+    with torch.no_grad():
+        ref_left = model(torch.tensor([prompt + left])).logits[0]
+        ref_right = model(torch.tensor([prompt + right + tail])).logits[0]
+    ref = torch.cat([ref_right[9:], ref_left[5:], ref_left[:5], ref_right[5:9]])
+    assert (out.decoder.logits(hidden) - ref).abs().max() <= 1e-4 * ref.abs().max()
+
+
+def test_a_held_path_is_made_once_and_only_its_last_node_is_held():
+    out = runner()
+    nodes = out.hold_path([[1, 2, 3], [4], [5, 6]])
+    assert out.hold_path([[1, 2, 3], [4], [5, 6]]) == nodes
+    assert [out.tree.parent(node) for node in nodes] == [NO_NODE, *nodes[:2]]
+    assert check_blocks(out.tree).pinned == 3
+    for node in nodes[:2]:
+        with pytest.raises(ValueError):
+            out.tree.drop(node)
+    out.tree.drop(nodes[2])
+    out.tree.drop(nodes[2])
+    assert check_blocks(out.tree).idle == 3
+
+
+def test_a_path_without_room_holds_nothing():
+    out = runner(num_blocks=3)
+    kept = out.hold_path([[1]])
+    assert out.hold_path([[2], [3], [4]]) is None
+    out.tree.drop(kept[0])
+    assert check_blocks(out.tree).pinned == 0
+    assert out.hold_path([[2], [3], [4]]) is not None
+
+
+def test_an_evicted_path_comes_back_uncomputed():
+    out = runner()
+    nodes = out.hold_path([[1, 2], [3]])
+    for node, count in zip(nodes, (2, 1), strict=True):
+        out.tree.set_computed(node, count)
+    out.tree.drop(nodes[1])
+    out.tree.evict_all()
+    again = out.hold_path([[1, 2], [3]])
+    assert [out.tree.computed(node) for node in again] == [0, 0]
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 1), (0, 7), (5, 1), (123, 4)])
+def test_pairs_are_those_of_a_causal_mask(start, count):
+    assert pairs(start, count) == sum(k <= q for q in range(start, start + count) for k in range(start + count))
+
+
+def test_flops_of_a_run_are_two_a_weight_and_four_a_pair_and_head_unit():
+    ledger = ModelLedger()
+    runner().charge(ledger, tokens=5, context_pairs=15)
+    layer = 8 * (8 + 2 * 4) + 8 * 8 + 3 * 8 * 10  # q and two k/v of one head of 4; out; gate, up and down
+    assert (ledger.tokens_computed, ledger.linear_flops, ledger.attention_flops) == (5, 5 * 2 * 3 * layer, 15 * 4 * 8 * 3)
+    assert ledger.flops == ledger.linear_flops + ledger.attention_flops
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=st.integers(1, 9), tokens=st.integers(1, 9), steps=st.integers(1, 4), size=st.integers(1, 5))
+def test_a_branch_is_refused_exactly_where_its_worst_division_into_steps_does_not_fit(prompt, tokens, steps, size):
+    divisions = (d for d in itertools.product(range(tokens + 1), repeat=steps) if sum(d) <= tokens)
+    need = blocks_needed(prompt, size) + max(sum(blocks_needed(t, size) for t in d) for d in divisions)
+    runner(need, size).refuse_unless_fits("it", prompt, tokens, steps)
+    if need > 1:
+        with pytest.raises(OutOfBlocks, match=f"may need {need} KV blocks of {size} tokens .* has {need - 1} in all"):
+            runner(need - 1, size).refuse_unless_fits("it", prompt, tokens, steps)
+
+
+def test_a_refusal_is_one_sentence_with_the_numbers_and_the_way_out():
+    with pytest.raises(OutOfBlocks) as refused:
+        runner(num_blocks=10).refuse_unless_fits("problem 7", 9, 100, 3)
+    assert re.fullmatch(r"problem 7 may need 30 KV blocks of 4 tokens for a single branch \(9 prompt tokens, up to 100 tokens in 3 "
+                        r"steps\) and the pool has 10 in all \(0\.0 MB\); raise kv_bytes or lower max_tokens, max_step_tokens or "
+                        r"max_steps", str(refused.value))  # fmt: skip
