@@ -8,13 +8,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tts_engine import policy as room
 from tts_engine.attention import make_backend
 from tts_engine.branch import Finish, root_branch
+from tts_engine.ledger import PolicyLedger
+from tts_engine.models.tokenizer import load_tokenizer, token_bytes
 from tts_engine.models.weights import load_decoder
-from tts_engine.policy import Policy, StepRule
+from tts_engine.policy import DrawContext, Limits, Policy, StepRule
 from tts_engine.runner import ModelRunner
-from tts_engine.sampling import gumbel, philox_key
-from tts_engine.search import Cot, Majority
+from tts_engine.sampling import Sampling, gumbel, philox_key, sample
+from tts_engine.search import Cot, Driver, Majority
 from tts_engine.search.requests import Expand
 from tts_engine.testing import chain_policy, check_blocks, draw_all, random_policy_directory
 
@@ -126,8 +129,6 @@ def model(tmp_path_factory):
 
 
 def load(model, *, num_blocks: int = 200, max_rows: int = 64, **how) -> Policy:
-    from tts_engine.models.tokenizer import load_tokenizer, token_bytes
-
     decoder = load_decoder(model[1], **how)
     runner = ModelRunner(decoder, make_backend("reference" if how else "per_branch"), num_blocks=num_blocks, block_size=4)
     runner.cache.k.fill_(torch.nan)  # whoever reads what was never written draws nonsense
@@ -193,10 +194,7 @@ def test_children_take_their_first_token_from_one_row_of_their_parents_logits(mo
     policy, heads, drawn_from = load(model), [], []
     whole = policy.runner.decoder.logits
     monkeypatch.setattr(policy.runner.decoder, "logits", lambda hidden: heads.append(len(hidden)) or whole(hidden))
-    from tts_engine import policy as room
-
-    real = room.sample
-    monkeypatch.setattr(room, "sample", lambda logits, *rest: drawn_from.append(logits) or real(logits, *rest))
+    monkeypatch.setattr(room, "sample", lambda logits, *rest: drawn_from.append(logits) or sample(logits, *rest))
     draw_all(policy, rounds(root_branch(PROMPT), [4]), len(PROMPT), temperature=0.7)
     assert heads[:2] == [1, 4]
     assert all(torch.equal(row, drawn_from[0][0]) for row in drawn_from[0])
@@ -212,15 +210,16 @@ def test_few_rows_draw_the_same_as_many(model, max_rows):
     assert [b.solution for b in out.branches] == [b.solution for b in ref.branches]
 
 
-def test_preempted_draws_resume_behind_the_tokens_they_have(model):
+def test_preempted_draws_resume_behind_the_tokens_they_have(model, monkeypatch):
     how = {"temperature": 0.8, "max_tokens": 60, "max_step_tokens": 30}
     ref = draw_all(load(model, deterministic=True), Majority(n=4).program(root_branch(PROMPT)), 17, **how)
-    small = load(model, num_blocks=5 + 30, deterministic=True)
+    small, sampled = load(model, num_blocks=5 + 30, deterministic=True), []
+    monkeypatch.setattr(room, "sample", lambda logits, *rest: sampled.append(len(logits)) or sample(logits, *rest))
     out = draw_all(small, Majority(n=4).program(root_branch(PROMPT)), 17, **how)
     assert small.preemptions > 0
     assert [[s.tokens for s in b.steps] for b in out.branches] == [[s.tokens for s in b.steps] for b in ref.branches]
     assert out.ledger.tokens_recomputed > 0
-    assert out.ledger.tokens_generated == ref.ledger.tokens_generated
+    assert out.ledger.tokens_generated == ref.ledger.tokens_generated == sum(sampled)
 
 
 def test_a_forward_that_fails_leaves_nothing_held_and_the_draws_still_to_do(model, monkeypatch):
@@ -250,10 +249,6 @@ def test_a_forward_that_fails_leaves_nothing_held_and_the_draws_still_to_do(mode
 
 def test_abandoning_a_search_gives_up_its_rows_and_no_others(model):
     policy = load(model)
-    from tts_engine.ledger import PolicyLedger
-    from tts_engine.policy import DrawContext, Limits
-    from tts_engine.sampling import Sampling
-    from tts_engine.search import Driver
 
     def context(name):
         driver = Driver(Majority(n=3).program(root_branch(PROMPT)))

@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with errors of one line."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"error: {message} (see {self.prog} --help)\n")
@@ -216,9 +216,9 @@ def run_eval(args: argparse.Namespace) -> int:
         cell = cell_of(run.records, Path(args.policy).name, method.uses_prm)
         failed = [record["id"] for record in run.records if record["error"]]
         screen = console()
-        screen.print(table([cell], f"{task.name}, {args.split}: {len(problems)} problems"))
+        screen.print(table([cell], f"{task.name}, {args.split}: {len(problems)} problems", screen.width))
         for row in aggregate_rows(run.records):
-            screen.print(row)
+            screen.print(row, markup=False)
         screen.print(f"in {args.out}", markup=False, highlight=False)
         if failed:
             print(f"{len(failed)} problems could not be searched and count as not solved, {failed[0]} among them; "
@@ -261,7 +261,7 @@ def run_demo(args: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     verdict = demo.verdict(cells)
     screen = console()
-    screen.print(table(cells, f"{args.problems} problems of the embedded task's test split"))
+    screen.print(table(cells, f"{args.problems} problems of the embedded task's test split", screen.width))
     screen.print(verdict.sentence, markup=False, highlight=False)
     plot: Path | None = out / "accuracy.png"
     try:

@@ -212,7 +212,8 @@ class Engine:
         runner.refuse_unless_fits(f"problem {problem.id}", len(ids), room, method.max_steps)
         if method.uses_prm:  # as the PRM reads it, taking its tokens for as long as the policy's
             opening, marker = len(self.scorer.spec.opening(problem.problem)), len(self.scorer.spec.step("", False))
-            self.scorer.runner.refuse_unless_fits(f"problem {problem.id}", opening, room + marker * method.max_steps, method.max_steps)
+            tokens = room + marker * method.max_steps
+            self.scorer.runner.refuse_unless_fits(f"problem {problem.id} in the PRM", opening, tokens, method.max_steps)
         return ids
 
     def _start(self, problem: Problem, prompt: list[int], method: Method, seed: int) -> _Search:

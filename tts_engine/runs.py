@@ -41,7 +41,7 @@ def describe_run(
     texts = json.dumps([[p.id, p.problem, p.answer, p.level] for p in problems])
     return {
         "schema_version": SCHEMA_VERSION,
-        "task": {"name": task, "split": split, "limit": limit, "sha256": hashlib.sha256(texts.encode()).hexdigest()},
+        "task": {"name": task, "split": split, "limit": limit, "problems_sha256": hashlib.sha256(texts.encode()).hexdigest()},
         "method": describe_method(method),
         "seed": seed,
         "engine": asdict(config),
@@ -181,8 +181,10 @@ class Run:
             os.ftruncate(self._file, self._end)
             raise RunError(f"{self.directory / PROBLEMS} cannot be written ({error.strerror}); {len(self.records)} problems are "
                            "safe in it: make room and run the same command again") from error  # fmt: skip
-        self._end += len(line)
-        self.records.append(_outcome(record))
+        finally:  # the file tells, also where Ctrl-C came right after the write
+            if os.fstat(self._file).st_size == self._end + len(line):
+                self._end += len(line)
+                self.records.append(_outcome(record))
 
     def _lock(self) -> None:
         try:
@@ -333,7 +335,7 @@ def _setting(key: str) -> str:
     """As the command line calls it, where it does."""
     if key in ("method.name", "task.name"):
         return key.removesuffix(".name")
-    for room in ("method.rules.", "method.", "engine."):
+    for room in ("method.rules.", "method.", "engine.", "task."):
         key = key.removeprefix(room)
     return key
 

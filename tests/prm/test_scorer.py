@@ -8,6 +8,7 @@ from tts_engine.attention import make_backend
 from tts_engine.branch import Branch, Finish, root_branch
 from tts_engine.engine import make_scorer
 from tts_engine.errors import EngineError, OutOfBlocks
+from tts_engine.kv.tree import blocks_needed
 from tts_engine.ledger import PRMLedger
 from tts_engine.models.weights import load_decoder
 from tts_engine.prm.scorer import ScoreContext, Scorer
@@ -131,13 +132,16 @@ def test_branches_of_several_problems_in_one_batch_each_equal_their_full_forward
             assert list(branch.scores) == near(full_forward(prm, bench.scorer.spec, path, problem))
 
 
-def test_a_pool_that_holds_one_path_scores_many(prm):
-    bench = Bench(load(prm, num_blocks=30))
+def test_a_pool_that_holds_one_path_scores_many_and_reads_again_what_it_forgot(prm):
+    paths = [[*STEPS[:4], ending] for ending in ("x", "y")] + [["other", *STEPS[1:]], STEPS]
+    spec = load(prm).spec
+    blocks = blocks_needed(len(spec.opening(PROBLEM)), 4) + sum(blocks_needed(len(spec.step(text, True)), 4) for text in STEPS)
+    bench = Bench(load(prm, num_blocks=blocks + 1))
     context = bench.context()
-    paths = [STEPS, ["other", *STEPS[1:]], STEPS, ["third"]]
-    out = bench.score(context, [grown(root_branch(()), path) for path in paths])
+    early = bench.score(context, [grown(root_branch(()), path[:4]) for path in paths])
+    out = bench.score(context, [grown(branch, path[4:]) for branch, path in zip(early, paths, strict=True)])
     for branch, path in zip(out, paths, strict=True):
-        assert list(branch.scores) == near(full_forward(prm, bench.scorer.spec, path))
+        assert list(branch.scores) == near(full_forward(prm, spec, path))
     assert context.ledger.tokens_recomputed > 0
 
 

@@ -5,7 +5,7 @@ from tts_engine.report.text import clock, figures, harmless, percent, short
 
 @pytest.mark.parametrize(
     ("number", "ref"),
-    [(0, "0"), (7, "7"), (950, "950"), (999.6, "1 k"), (1234, "1.23 k"), (45_600_000, "45.6 M"), (7e9, "7 G"), (0.1234, "0.12")],
+    [(0, "0"), (7, "7"), (950, "950"), (999.6, "1.00 k"), (1234, "1.23 k"), (45_600_000, "45.6 M"), (7e9, "7 G"), (0.1234, "0.12")],
 )
 def test_counts_have_three_figures_and_a_unit(number, ref):
     assert short(number) == ref

@@ -55,4 +55,4 @@ def test_the_solution_shows_steps_scores_answer_and_cost():
 
 def test_a_search_without_an_answer_says_so():
     text = drawn(solution(searched(answer=None)))
-    assert "no branch ended with an answer" in text and "answer: none" in text
+    assert "answer: none; no branch holds one" in text and "0.875  c." in text

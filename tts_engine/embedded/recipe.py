@@ -5,16 +5,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyRecipe:
-    """One policy: Qwen2 style, head_dim 32, tied embeddings; `tokens` of fresh problems, one epoch."""
+    """One policy: Qwen2 style, head_dim 32, tied embeddings. Each leg is (tokens of fresh problems, peak learning rate): a cosine
+    of its own, after which the weights are rounded to bfloat16."""
 
     name: str
     hidden_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    tokens: int
-    batch_tokens: int
-    learning_rate: float
+    legs: tuple[tuple[int, float], ...]
     seed: int
 
 
@@ -26,28 +25,28 @@ class PRMRecipe:
     family: str
     trained_on: str  # "samples" of the policies, or "corrupted gold" of level 1
     tokens: int
-    batch_tokens: int = 2048
     learning_rate: float = 1e-3
     seed: int
     start: str = "policy-m"
 
 
+BATCH_TOKENS = 2048
 POLICIES = {
     p.name: p
     for p in (
         PolicyRecipe(name="policy-s", hidden_size=64, num_layers=3, num_heads=2, num_kv_heads=1,
-                     tokens=24_000_000, batch_tokens=2048, learning_rate=4e-3, seed=1),
+                     legs=((24_000_000, 4e-3),), seed=1),
         PolicyRecipe(name="policy-m", hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2,
-                     tokens=12_000_000, batch_tokens=2048, learning_rate=2.5e-3, seed=2),
+                     legs=((12_000_000, 2.5e-3),), seed=2),
         PolicyRecipe(name="policy-l", hidden_size=224, num_layers=5, num_heads=7, num_kv_heads=1,
-                     tokens=8_000_000, batch_tokens=2048, learning_rate=1.5e-3, seed=3),
+                     legs=((8_000_000, 1.5e-3), (5_000_000, 1e-3)), seed=3),
     )
 }  # fmt: skip
 PRMS = {
     p.name: p
     for p in (
-        PRMRecipe(name="prm-good", family="qwen2.5-math-prm", trained_on="samples", tokens=6_000_000, seed=4),
-        PRMRecipe(name="prm-poor", family="math-shepherd", trained_on="corrupted gold", tokens=6_000_000, seed=5),
+        PRMRecipe(name="prm-good", family="qwen2.5-math-prm", trained_on="samples", tokens=5_000_000, seed=4),
+        PRMRecipe(name="prm-poor", family="math-shepherd", trained_on="corrupted gold", tokens=5_000_000, seed=5),
     )
 }
 SAMPLES = {"policies": ("policy-s", "policy-m"), "programs": 7000, "draws": 4, "temperature": 0.8}

@@ -20,7 +20,7 @@ from ..tasks.problems import load_task
 from .check import publish
 from .corpus import (FIRST_ERROR, GOOD, IGNORE, LATER_ERROR, Trajectory, batches, corrupted_gold, labelled, labelled_rows, solved_rows,
                      training_programs)  # fmt: skip
-from .recipe import POLICIES, PRMS, SAMPLES, PolicyRecipe, PRMRecipe
+from .recipe import BATCH_TOKENS, POLICIES, PRMS, SAMPLES, PolicyRecipe, PRMRecipe
 from .tokenizer import build_tokenizer, save_tokenizer
 
 # Each class of steps weighs the same in every batch, however rare; what follows a first error teaches little.
@@ -46,7 +46,7 @@ def qwen2_config(recipe: PolicyRecipe, vocab_size: int):
     )
 
 
-def fit(step_loss, parameters, stream, *, total_tokens: int, batch_tokens: int, learning_rate: float, name: str, log) -> None:
+def fit(step_loss, parameters, stream, *, total_tokens: int, learning_rate: float, name: str, log) -> None:
     """AdamW with warm-up and a cosine to a tenth, clipped at 1; `step_loss(ids, targets)` -> scalar."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
@@ -54,7 +54,7 @@ def fit(step_loss, parameters, stream, *, total_tokens: int, batch_tokens: int, 
     spent, steps, started, recent = 0, 0, time.monotonic(), []
     for ids, targets, real in stream:
         progress = min(1.0, spent / total_tokens)
-        rate = learning_rate * min(1.0, (spent + batch_tokens) / warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        rate = learning_rate * min(1.0, (spent + BATCH_TOKENS) / warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = step_loss(ids, targets)
@@ -83,10 +83,11 @@ def train_policy(recipe: PolicyRecipe, directory: Path, log=print) -> None:
         logits = model(input_ids=ids, use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
-    stream = batches(solved_rows(tokenizer, recipe.seed), batch_tokens=recipe.batch_tokens, total_tokens=recipe.tokens,
-                     seed=recipe.seed)  # fmt: skip
-    fit(step_loss, model.parameters(), stream, total_tokens=recipe.tokens, batch_tokens=recipe.batch_tokens,
-        learning_rate=recipe.learning_rate, name=recipe.name, log=log)  # fmt: skip
+    for leg, (tokens, learning_rate) in enumerate(recipe.legs):
+        seed = recipe.seed + 1000 * leg
+        stream = batches(solved_rows(tokenizer, seed), batch_tokens=BATCH_TOKENS, total_tokens=tokens, seed=seed)
+        fit(step_loss, model.parameters(), stream, total_tokens=tokens, learning_rate=learning_rate, name=recipe.name, log=log)
+        model.to(torch.bfloat16).to(torch.float32)
     model.to(torch.bfloat16).save_pretrained(directory)
     save_tokenizer(directory)
 
@@ -118,10 +119,8 @@ def train_prm(recipe: PRMRecipe, start: Path, trajectories: Iterable[Trajectory]
         share = [losses[kinds == kind].mean() * weight for kind, weight in CLASS_WEIGHTS.items() if (kinds == kind).any()]
         return torch.stack(share).sum()
 
-    stream = batches(labelled_rows(spec, trajectories), batch_tokens=recipe.batch_tokens, total_tokens=recipe.tokens,
-                     seed=recipe.seed)  # fmt: skip
-    fit(step_loss, parameters, stream, total_tokens=recipe.tokens, batch_tokens=recipe.batch_tokens,
-        learning_rate=recipe.learning_rate, name=recipe.name, log=log)  # fmt: skip
+    stream = batches(labelled_rows(spec, trajectories), batch_tokens=BATCH_TOKENS, total_tokens=recipe.tokens, seed=recipe.seed)
+    fit(step_loss, parameters, stream, total_tokens=recipe.tokens, learning_rate=recipe.learning_rate, name=recipe.name, log=log)
     model.to(torch.bfloat16)
     if two_class:
         tensors = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}

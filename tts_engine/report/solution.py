@@ -14,10 +14,9 @@ def solution(result: SearchResult) -> RenderableType:
     steps = Table.grid(padding=(0, 2))
     for step in chosen.steps if chosen else ():
         steps.add_row(Text("" if step.score is None else f"{step.score:.3f}", style="cyan"), Text(harmless(step.text.strip())))
-    if chosen is None:
-        steps.add_row(Text("no branch ended with an answer"))
     votes = ", ".join(f"{name} {shown(answer)}" for name, answer in result.aggregates.items())
-    lines = [f"answer: {shown(result.answer)}", f"of {len(result.branches)} branches: {votes}", *cost(result.ledger)]
+    missing = "" if result.answer is not None else "; no branch holds one, and this is the best of them"
+    lines = [f"answer: {shown(result.answer)}{missing}", f"of {len(result.branches)} branches: {votes}", *cost(result.ledger)]
     return Group(steps, "", Text(lines[0], style="bold"), *map(Text, lines[1:]))
 
 

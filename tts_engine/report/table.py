@@ -6,12 +6,14 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from ..ledger import Ledger, PolicyLedger, PRMLedger
 from .intervals import wilson
 from .text import figures, percent
 
 GIGA = 1e9
+WIDE = 100  # columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,34 +92,40 @@ def prm_only(show: Callable[[Cell], str]) -> Callable[[Cell], str]:
     return lambda cell: show(cell) if cell.uses_prm else "-"
 
 
+ACCURACY = "solved %\n(95 %)"
 COLUMNS: list[tuple[str, Callable[[Cell], str]]] = [
     ("policy", lambda c: c.policy),
     ("method", lambda c: c.method),
     ("n", lambda c: str(c.n)),
-    ("accuracy %\n(95 %)", lambda c: percent(c.accuracy, c.interval)),
-    ("generated\nk tokens", lambda c: figures(c.ledger.policy.tokens_generated / 1e3)),
-    ("PRM read\nk tokens", prm_only(lambda c: figures(c.ledger.prm.tokens_computed / 1e3))),
-    ("if re-read\nk tokens", prm_only(lambda c: figures(c.ledger.prm.tokens_reread / 1e3))),
+    (ACCURACY, lambda c: percent(c.accuracy, c.interval)),
+    ("gener-\nated\nk tok", lambda c: figures(c.ledger.policy.tokens_generated / 1e3)),
+    ("PRM read\nk tok", prm_only(lambda c: figures(c.ledger.prm.tokens_computed / 1e3))),
+    ("re-read\nk tok", prm_only(lambda c: figures(c.ledger.prm.tokens_reread / 1e3))),
     ("policy\nGFLOP", lambda c: figures(c.ledger.policy.flops / GIGA)),
     ("PRM\nGFLOP", prm_only(lambda c: figures(c.ledger.prm.flops / GIGA))),
-    ("correct\n/ GFLOP", lambda c: figures(c.correct_per_gflop)),
-    ("time\ns", lambda c: f"{c.ledger.seconds:.1f}"),
+    ("correct\n/GFLOP", lambda c: figures(c.correct_per_gflop)),
+    ("time\ns", lambda c: figures(c.ledger.seconds)),
 ]
 
 
 def rows(cells: Sequence[Cell]) -> list[list[str]]:
-    """The table as plain text, its heading first."""
-    return [[heading.replace("\n", " ") for heading, _ in COLUMNS]] + [[show(cell) for _, show in COLUMNS] for cell in cells]
+    """The table as plain text, its headings first."""
+    headings = [heading.replace("-\n", "").replace("\n", " ") for heading, _ in COLUMNS]
+    return [headings, *([show(cell) for _, show in COLUMNS] for cell in cells)]
 
 
-def table(cells: Sequence[Cell], title: str | None = None) -> Table:
-    """The same for a terminal; a line between policies."""
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+def table(cells: Sequence[Cell], title: str, width: int) -> Table:
+    """The same for a terminal of `width` columns, a gap between policies. In 80 it just fits, with intervals on a second line."""
+    drawn = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False,
+                  padding=(0, int(width >= WIDE), 0, 0))  # fmt: skip
     for i, (heading, _) in enumerate(COLUMNS):
-        drawn.add_column(heading, justify="left" if i < 2 else "right", no_wrap=True, vertical="bottom")
+        longest = max(map(len, heading.split("\n")))
+        drawn.add_column(
+            heading, justify="left" if i < 2 else "right", no_wrap=heading != ACCURACY, min_width=longest, vertical="bottom"
+        )
     for i, cell in enumerate(cells):
         last = i + 1 == len(cells) or cells[i + 1].policy != cell.policy
-        drawn.add_row(*(show(cell) for _, show in COLUMNS), end_section=last)
+        drawn.add_row(*(Text(show(cell)) for _, show in COLUMNS), end_section=last)
     return drawn
 
 

@@ -1,0 +1,261 @@
+"""The command line as its users meet it: verbs, refusals of one sentence, exit codes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from tts_engine import cli, embedded
+from tts_engine.testing import random_policy_directory, random_prm_directory
+
+ROOT = Path(__file__).resolve().parents[1]
+PROBLEM = "a=47+38;b=a-6;b?"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models")
+    random_policy_directory(directory / "policy")
+    random_prm_directory(directory / "prm", "math-shepherd")
+    return directory
+
+
+@pytest.fixture
+def given(models):
+    """Options that name the models and keep searches small."""
+    small = ["--max-step-tokens", "12", "--max-steps", "4", "--block-size", "8", "--kv-bytes", "4M", "--system", ""]
+    return ["--policy", str(models / "policy"), "--prm", str(models / "prm"), *small]
+
+
+@pytest.fixture
+def run(capsys):
+    """argv -> (exit code, standard output, standard error)."""
+
+    def call(*argv):
+        try:
+            code = cli.main([str(argument) for argument in argv])
+        except SystemExit as left:
+            code = left.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def shell(*argv, **how):
+    return subprocess.Popen([sys.executable, "-m", "tts_engine", *map(str, argv)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, **how)  # fmt: skip
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "arguments are required: VERB"),
+        (["solv"], "invalid choice: 'solv'"),
+        (["solve"], "arguments are required: PROBLEM"),
+        (["solve", PROBLEM, "--n", "x"], "'x' is not a whole number"),
+        (["solve", PROBLEM, "--n", "0"], "n must be a whole number of at least 1, not 0"),
+        (["solve", PROBLEM, "--n", "6"], "n=6 must be a multiple of width=4"),
+        (["solve", PROBLEM, "--nn", "6"], "unrecognized arguments: --nn"),
+        (["solve", PROBLEM, "--metho", "cot"], "unrecognized arguments: --metho"),
+        (["solve", PROBLEM, "--method", "mcts"], "invalid choice: 'mcts' (choose from"),
+        (["solve", PROBLEM, "--method", "cot", "--n", "4"], "cot has no setting 'n'"),
+        (["solve", PROBLEM, "--method", "majority", "--width", "4"], "majority has no setting 'width'"),
+        (["solve", PROBLEM, "--rules", "mine"], "invalid choice: 'mine'"),
+        (["solve", PROBLEM, "--temperature", "-1"], "temperature must be a number of at least 0"),
+        (["solve", PROBLEM, "--temperature", "nan"], "'nan' is not a number"),
+        (["solve", PROBLEM, "--top-p", "1.5"], "'1.5' is not a number above 0 and at most 1"),
+        (["solve", PROBLEM, "--top-k", "-2"], "'-2' is not a whole number of at least 0"),
+        (["solve", PROBLEM, "--kv-bytes", "4T"], "'4T' is not a number of bytes such as 512M or 4G"),
+        (["solve", PROBLEM, "--kv-bytes", "100"], "kv_bytes=100 holds no block"),
+        (["solve", PROBLEM, "--max-tokens", "0"], "'0' is not a whole number of at least 1"),
+        (["solve", PROBLEM, "--dtype", "int3"], "no dtype 'int3'; known: float32, bfloat16"),
+        (["solve", PROBLEM, "--device", "tpu"], "no device 'tpu'; known: cpu, cuda"),
+        (["solve", PROBLEM, "--device", "cuda:99"], "finds"),
+        (["solve", PROBLEM, "--backend", "quick"], "quick"),
+        (["solve", PROBLEM, "--threads", "0"], "'0' is not a whole number of at least 1"),
+        (["solve", PROBLEM, "--policy", "no/such/place"], "no/such/place"),
+        (["solve", PROBLEM, "--prm", "no/such/place"], "no/such/place"),
+        (["solve", PROBLEM, "--prm-family", "odd"], "odd"),
+        (["solve", "  "], "is empty"),
+        (["solve", "\udcff"], "not UTF-8"),
+        (["eval", "--task", "embedded"], "arguments are required: --out"),
+        (["eval", "--task", "nothing", "--out", "OUT"], "nothing is no task and no file; known: embedded"),
+        (["eval", "--task", "embedded", "--split", "exam", "--out", "OUT"], "no split 'exam'"),
+        (["eval", "--task", "embedded", "--limit", "0", "--out", "OUT"], "'0' is not a whole number of at least 1"),
+        (["eval", "--task", "embedded", "--out", "/dev/null/run"], "/dev/null/run cannot be used"),
+        (["info", "--policy", "/dev/null/x"], "/dev/null/x"),
+        (["demo", "--problems", "0"], "'0' is not a whole number of at least 1"),
+        (["demo", "--seed", "1"], "unrecognized arguments: --seed"),
+        (["embedded"], "arguments are required: VERB"),
+        (["embedded", "check", "--problems", "none"], "'none' is not a whole number"),
+    ],
+)
+def test_a_bad_option_is_one_sentence_and_exit_2(run, given, tmp_path, argv, words):
+    argv = [str(tmp_path / "run") if argument == "OUT" else argument for argument in argv]
+    own = given if argv[:1] in (["solve"], ["eval"]) and len(argv) > 1 else []
+    code, out, err = run(*argv[:1], *own, *argv[1:])
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and words in err and err.count("\n") == 1, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_search_with_a_foreign_policy_needs_a_prm_to_be_named(run, models):
+    code, _, err = run("solve", PROBLEM, "--policy", models / "policy")
+    assert (code, err) == (2, "error: beam needs a PRM: give --prm\n")
+
+
+def test_a_damaged_line_of_a_task_is_named_before_any_work(run, given, tmp_path):
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "1+2?"}\n')
+    code, _, err = run("eval", *given, "--task", task, "--out", tmp_path / "run")
+    assert code == 2 and "line 2: no field 'answer'" in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_problem_too_long_for_the_model_is_one_sentence(run, given):
+    code, _, err = run("solve", *given, "1+" * 400 + "1?")
+    assert code == 2 and "tokens" in err and err.count("\n") == 1
+
+
+# --- help -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["", "solve", "eval", "info", "demo", "embedded", "embedded train", "embedded check"])
+def test_every_verb_explains_itself(run, verb):
+    code, out, err = run(*verb.split(), "--help")
+    assert (code, err) == (0, "") and out.startswith(f"usage: tts-engine {verb}")
+
+
+def test_help_brings_neither_torch_nor_numpy_nor_rich():
+    command = "import sys; from tts_engine import cli; cli.make_parser(); print(*{'torch', 'numpy', 'rich'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout == "\n"
+
+
+def test_version(run):
+    code, out, _ = run("--version")
+    assert code == 0 and out.startswith("tts-engine ")
+
+
+def test_engine_options_are_the_settings_of_an_engine_and_state_their_defaults():
+    from tts_engine.engine import EngineConfig
+
+    defaults = {field.name: field.default for field in fields(EngineConfig)}
+    assert [name for name, *_ in cli.ENGINE_OPTIONS] == list(defaults)
+    for name, read, text in cli.ENGINE_OPTIONS:
+        stated = re.search(r"\(default ([^ ;)]+)", text)
+        if stated and read and defaults[name] is not None:
+            assert read(stated[1]) == defaults[name], name
+        else:
+            assert defaults[name] in (None, False), name
+
+
+# --- solve ----------------------------------------------------------------------------------------------------------------
+
+
+def test_solve_shows_steps_answer_and_cost(run, given):
+    code, out, err = run("solve", PROBLEM, *given, "--n", "4", "--tree", "--json")
+    assert (code, err) == (0, "")
+    *shown, last = out.splitlines()
+    record = json.loads(last)
+    assert shown[0] == PROBLEM and len([line for line in shown if "── " in line]) == len(record["nodes"])
+    assert any(line.startswith("answer: ") for line in shown)
+    assert any("tokens generated" in line for line in shown) and any("by re-reading" in line for line in shown)
+    assert record["problem"] == PROBLEM and record["gold"] is None and record["correct"] is None
+    assert len(record["aggregates"]) == 7 and record["method"]["n"] == 4
+
+
+def test_solve_without_a_prm_where_the_method_reads_none(run, given):
+    code, out, _ = run("solve", PROBLEM, *given, "--method", "cot", "--prm", "no/such/place", "--json")
+    assert code == 0 and list(json.loads(out.splitlines()[-1])["aggregates"]) == ["majority"]
+
+
+def test_solve_is_the_same_for_the_same_seed(run, given):
+    def nodes(seed):
+        record = json.loads(run("solve", PROBLEM, *given, "--n", "4", "--seed", seed, "--json")[1].splitlines()[-1])
+        return [node["tokens"] for node in record["nodes"]]
+
+    assert nodes(1) == nodes(1) != nodes(2)
+
+
+@pytest.mark.skipif(not (embedded.MODELS / "policy-s").is_dir(), reason="needs the embedded models: tts-engine embedded train")
+def test_solve_with_the_models_that_ship(run):
+    code, out, _ = run("solve", "a=7+5;b=a-4;b?", "--json")
+    record = json.loads(out.splitlines()[-1])
+    assert code == 0 and record["answer"] == "8" and record["method"]["n"] == 16
+
+
+# --- eval -----------------------------------------------------------------------------------------------------------------
+
+
+def test_eval_reports_continues_and_refuses(run, given, tmp_path):
+    out = tmp_path / "run"
+    argv = ["eval", *given, "--task", "embedded", "--split", "calibration", "--limit", 5, "--out", out, "--n", 4, "--json"]
+    code, shown, _ = run(*argv)
+    summary = json.loads(shown.splitlines()[-1])
+    assert code == 0 and summary["problems"] == 5 and summary["method"] == "beam" and summary["failed"] == 0
+    assert "solved %" in shown and "last_vote" in shown and str(out) in shown
+    journal = (out / "problems.jsonl").read_bytes()
+    (out / "problems.jsonl").write_bytes(journal[:-100])  # as a kill leaves it
+    assert run(*argv)[0] == 0
+    ids = [json.loads(line)["id"] for line in (out / "problems.jsonl").read_bytes().splitlines()]
+    assert len(ids) == len(set(ids)) == 5
+    code, shown, err = run(*argv, "--n", 8)
+    assert (code, shown) == (2, "") and "was made with n=4, not n=8" in err and err.count("\n") == 1
+
+
+def test_eval_counts_a_problem_that_cannot_be_searched_and_exits_1(run, given, tmp_path):
+    task = tmp_path / "task.jsonl"
+    long = "1+" * 400 + "1?"
+    task.write_text("".join(json.dumps({"problem": text, "answer": "2"}) + "\n" for text in ("a=1+1;a?", long)))
+    code, shown, err = run("eval", *given, "--task", task, "--method", "majority", "--n", 2, "--out", tmp_path / "run", "--json")
+    assert code == 1 and "1 problems could not be searched" in err and "task-2" in err
+    assert json.loads(shown.splitlines()[-1])["failed"] == 1
+
+
+def test_ctrl_c_leaves_a_whole_journal_and_says_how_to_go_on(given, tmp_path):
+    out = tmp_path / "run"
+    slow = ["--method", "majority", "--n", "64", "--max-rows", "64"]
+    child = shell("eval", *given, *slow, "--task", "embedded", "--split", "calibration", "--out", out)
+    while child.poll() is None and (not (out / "problems.jsonl").exists() or not (out / "problems.jsonl").stat().st_size):
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in err
+    lines = (out / "problems.jsonl").read_bytes().splitlines(keepends=True)
+    assert lines and all(json.loads(line)["id"] for line in lines) and lines[-1].endswith(b"\n")
+    assert f"{len(lines)} of 600 problems are safe" in err and "same command" in err
+
+
+def test_a_reader_that_leaves_is_no_traceback(given):
+    child = shell("solve", PROBLEM, *given, "--n", "4")
+    child.stdout.close()
+    assert "Traceback" not in child.stderr.read()
+    assert child.wait(timeout=60) == 1
+
+
+# --- info -----------------------------------------------------------------------------------------------------------------
+
+
+def test_info_reads_no_weights(run, models, tmp_path):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((models / "policy" / "config.json").read_text())
+    code, out, _ = run("info", "--policy", tmp_path / "bare", "--json")
+    assert code == 0
+    report = json.loads(out.splitlines()[-1])
+    assert report["installation"]["extension"] is True and report["installation"]["threads"] >= 1
+    [model] = report["models"]
+    # 2 layers, 2 KV heads of 8: K and V in float32; per layer 32 * (2*32 + 2*16 + 3*48) weights, two FLOPs each
+    assert model["kv_bytes_per_token"] == {"float32": 256, "bfloat16": 128}
+    assert model["flops_per_token"] == 2 * 2 * 32 * (64 + 32 + 144)
+    assert "Qwen2ForCausalLM" in out and "KV bytes/token" in out

@@ -1,0 +1,484 @@
+"""Whole searches: the laws of the house, on tiny random models."""
+
+import logging
+import random
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from tts_engine.branch import Finish
+from tts_engine.engine import Engine, EngineConfig
+from tts_engine.errors import EngineError, OutOfBlocks
+from tts_engine.policy import StepRule
+from tts_engine.sampling import gumbel, philox_key
+from tts_engine.search import make_method
+from tts_engine.tasks.problems import Problem
+from tts_engine.testing import check_blocks, random_policy_directory, random_prm_directory
+
+LIMITS = {"max_step_tokens": 16, "max_tokens": 60, "block_size": 4, "kv_bytes": 4 << 20}
+PROBLEMS = [Problem(id=f"p{i}", problem=text, answer=None) for i, text in enumerate(
+    ["a=3;b=a+4;b?", "1+1?", "x=9;y=x*2;z=y-1;z?", "q?", "c=12;d=c/3;d?", "a=3;b=a+4;a?", "7*8?", "k=1;l=k;m=l;m?"])]  # fmt: skip
+POLICY = {"seed": 23, "leans": {"<|endoftext|>": 0.0}}  # a seed that writes several steps before it ends
+STEP_METHODS = [make_method(name, n=8, max_steps=5) for name in ("best_of_n", "beam", "dvts", "rebase")]
+by_name = pytest.mark.parametrize("method", STEP_METHODS, ids=lambda method: method.name)
+
+
+class Watched(Engine):
+    """Checks the law of blocks after every tick; with `forgetful`, drops all idle KV between ticks and spoils what was written."""
+
+    forgetful = False
+    ticks = 0
+
+    def _tick(self):
+        super()._tick()
+        self.ticks += 1
+        for runner in self.runners:
+            check_blocks(runner.tree)
+            if self.forgetful:
+                runner.tree.evict_all()
+        if self.scorer is not None:
+            counts = self.scorer.runner.tree.counts()
+            assert counts.pinned == counts.filling == 0
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directories of a policy and of both kinds of PRM."""
+    top = tmp_path_factory.mktemp("models")
+    random_policy_directory(top / "policy", **POLICY)
+    for kind in ("qwen2.5-math-prm", "math-shepherd"):
+        random_prm_directory(top / kind, kind, seed=2)
+    return top
+
+
+def load(models, kind: str | None = "qwen2.5-math-prm", *, forgetful: bool = False, **settings) -> Watched:
+    engine = Watched.from_pretrained(models / "policy", models / kind if kind else None, **LIMITS | settings)
+    engine.forgetful = forgetful
+    for runner in engine.runners:  # whoever reads a slot that was never written draws nonsense
+        runner.cache.k.fill_(torch.nan)
+        runner.cache.v.fill_(torch.nan)
+    return engine
+
+
+def tiny_pool(models, blocks: int) -> int:
+    """kv_bytes for so many blocks of each model."""
+    engine = load(models)
+    return blocks * sum(runner.block_bytes for runner in engine.runners)
+
+
+def essence(result) -> tuple:
+    """All that must be equal, bit for bit."""
+    branches = [(b.identity, b.solution, b.scores, b.finish) for b in result.branches]
+    nodes = {(n.identity, n.parent.identity, n.tokens, n.score, n.finish) for n in result.nodes}
+    return branches, nodes, result.answer, result.aggregates
+
+
+def tokens_of(result) -> dict[int, tuple[int, ...]]:
+    return {node.identity: node.tokens for node in result.nodes}
+
+
+def assert_at_rest(engine) -> None:
+    for runner in engine.runners:
+        counts = check_blocks(runner.tree)
+        assert counts.pinned == counts.filling == 0
+    assert engine.policy.num_open == 0 and not engine.policy.busy
+    assert engine.scorer is None or engine.scorer.num_open == 0
+
+
+@pytest.fixture(scope="module")
+def alone(models):
+    """PROBLEMS[0] by itself in a fresh deterministic engine, under each method."""
+    return {method: load(models, deterministic=True).search(PROBLEMS[0], method, seed=3)[0] for method in STEP_METHODS}
+
+
+# Laws 5 and 6, bit for bit in deterministic mode.
+
+
+@by_name
+def test_the_searches_under_test_are_worth_testing(alone, method):
+    result = alone[method]
+    assert len(result.nodes) >= 12
+    assert {n.depth for n in result.nodes} >= {1, 2, 3}
+    assert len({n.score for n in result.nodes}) > 6
+
+
+@by_name
+def test_a_problem_among_seven_others_in_any_order_gives_the_same_bits(models, alone, method):
+    others = PROBLEMS.copy()
+    random.Random(method.name).shuffle(others)
+    out = load(models, deterministic=True).search(others, method, seed=3)[others.index(PROBLEMS[0])]
+    assert essence(out) == essence(alone[method])
+
+
+@by_name
+def test_evicting_everything_between_ticks_changes_no_bit(models, alone, method):
+    engine = load(models, deterministic=True, forgetful=True)
+    out = engine.search(PROBLEMS[:2], method, seed=3)[0]
+    assert essence(out) == essence(alone[method])
+    assert out.ledger.prm.tokens_recomputed > 0 or method.name == "best_of_n"
+    assert out.ledger.policy.tokens_recomputed > 0
+
+
+@by_name
+def test_a_budget_that_holds_little_more_than_one_branch_changes_no_bit(models, alone, method):
+    engine = load(models, deterministic=True, kv_bytes=tiny_pool(models, 27))
+    assert engine.policy.runner.tree.num_blocks == 27
+    out = engine.search(PROBLEMS[:3], method, seed=3)[0]
+    assert essence(out) == essence(alone[method])
+    assert engine.policy.preemptions > 0
+    assert out.ledger.policy.tokens_recomputed > 0
+    assert_at_rest(engine)
+
+
+@by_name
+def test_few_rows_change_no_bit(models, alone, method):
+    out = load(models, deterministic=True, max_rows=3).search(PROBLEMS[:2][::-1], method, seed=3)[1]
+    assert essence(out) == essence(alone[method])
+
+
+def test_a_second_search_in_a_warm_engine_gives_the_same_bits_for_less(models, alone):
+    engine = load(models, deterministic=True)
+    for method in STEP_METHODS[1:3]:
+        engine.forget()
+        first, second = (engine.search(PROBLEMS[0], method, seed=3)[0] for _ in range(2))
+        assert essence(first) == essence(second) == essence(alone[method])
+        assert second.ledger.prm.tokens_computed < first.ledger.prm.tokens_computed
+
+
+def test_top_p_and_the_other_prm_family_keep_the_law_too(models):
+    settings = {"kind": "math-shepherd", "deterministic": True, "top_p": 0.9, "top_k": 20}
+    method = make_method("beam", n=8, max_steps=4, rules="sal")
+    ref = load(models, **settings).search(PROBLEMS[1], method)[0]
+    out = load(models, **settings, forgetful=True, max_rows=5).search(PROBLEMS[:4], method)[1]
+    assert essence(out) == essence(ref)
+
+
+def test_another_seed_or_problem_id_draws_other_tokens(models, alone):
+    engine = load(models, deterministic=True)
+    method = STEP_METHODS[1]
+    renamed = Problem(id="other", problem=PROBLEMS[0].problem, answer=None)
+    for problem, seed in ((PROBLEMS[0], 4), (renamed, 3)):
+        out = engine.search(problem, method, seed=seed)[0]
+        assert not set(tokens_of(out).items()) & set(tokens_of(alone[method]).items())
+
+
+def test_two_engines_in_two_threads_do_not_meet(models, alone):
+    jobs = {method: load(models, deterministic=True, forgetful=i % 2 == 1) for i, method in enumerate(STEP_METHODS[1:3])}
+    found = {}
+
+    def work(method, engine):
+        found[method] = engine.search(PROBLEMS[:3], method, seed=3)[0]
+
+    threads = [threading.Thread(target=work, args=job) for job in jobs.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for method in jobs:
+        assert essence(found[method]) == essence(alone[method])
+
+
+def test_two_engines_taking_turns_do_not_meet(models, alone):
+    a, b = STEP_METHODS[1:3]
+    one, two = (load(models, deterministic=True).stream(PROBLEMS[:4], method, seed=3) for method in (a, b))
+    found = {a: {}, b: {}}
+    for left, right in zip(one, two, strict=True):
+        found[a][left.problem.id], found[b][right.problem.id] = left, right
+    for method in (a, b):
+        assert essence(found[method]["p0"]) == essence(alone[method])
+
+
+# Without deterministic: the rate of changed tokens.
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 0.05), ("bfloat16", 0.5)])
+def test_without_deterministic_the_rate_of_changed_tokens_is_measured(models, record_testsuite_property, dtype, bound):
+    """A changed token changes all behind it, and a score that then differs the whole rest of a search."""
+    changed = total = 0
+    for method in STEP_METHODS[:2]:
+        ref = load(models, dtype=dtype).search(PROBLEMS[0], method, seed=3)[0]
+        among = load(models, dtype=dtype).search(PROBLEMS, method, seed=3)[0]
+        evicted = load(models, dtype=dtype, forgetful=True, max_rows=3).search(PROBLEMS[0], method, seed=3)[0]
+        for out in (among, evicted):
+            seen = tokens_of(out)
+            for identity, tokens in tokens_of(ref).items():
+                total += len(tokens)
+                changed += sum(a != b for a, b in zip(tokens, seen.get(identity, (-1,) * len(tokens)), strict=False))
+    record_testsuite_property(f"changed tokens without deterministic, {dtype}", f"{changed} of {total}")
+    assert total > 500
+    assert changed / total < bound
+
+
+# What is drawn and scored, against transformers.
+
+
+@pytest.mark.parametrize("kind", ["qwen2.5-math-prm", "math-shepherd"])
+def test_every_token_and_score_of_a_beam_search_is_what_transformers_says(models, kind, tmp_path):
+    policy, prm = random_policy_directory(tmp_path, **POLICY), random_prm_directory(tmp_path / "prm", kind, seed=2)
+    engine = load(models, kind, forgetful=True)
+    (result,) = engine.search(PROBLEMS[2], make_method("beam", n=8, max_steps=4), seed=5)
+    key, spec = np.array([philox_key(5, "p2")], np.uint32), engine.scorer.spec
+    for node in result.nodes:
+        path = [token for step in node.path for token in step.tokens]
+        start, count = len(path) - len(node.tokens), len(node.tokens)
+        ids, positions = spec.render(node.path[0].text, [step.text for step in node.steps])
+        with torch.no_grad():
+            logits = policy(torch.tensor([path])).logits[0, start - 1 : -1] / 0.7
+            hidden = prm.model(torch.tensor([ids])).last_hidden_state[0, positions]
+        noise = gumbel(key.repeat(count, 0), np.full(count, node.identity, np.uint64), np.arange(start, len(path)), logits.shape[1])
+        assert (logits + torch.from_numpy(noise)).argmax(-1).tolist() == list(node.tokens)
+        assert engine.scorer.head(hidden).tolist() == pytest.approx(list(node.scores), abs=1e-5)
+
+
+# Law 7 and the ends of a stream.
+
+
+@by_name
+def test_after_a_search_nothing_is_pinned_or_filling(models, method):
+    engine = load(models, max_rows=5)
+    engine.search(PROBLEMS[:3], method)
+    assert engine.ticks > 10
+    assert_at_rest(engine)
+
+
+def test_forget_empties_the_pools(models):
+    engine = load(models)
+    engine.search(PROBLEMS[0], STEP_METHODS[0])
+    engine.forget()
+    assert all(runner.tree.counts().free == runner.tree.num_blocks for runner in engine.runners)
+
+
+@by_name
+def test_closing_a_stream_midway_leaves_nothing_behind_and_a_new_search_works(models, alone, method):
+    engine = load(models, deterministic=True, max_rows=6)
+    stream = engine.stream(PROBLEMS[::-1], method, seed=3)
+    next(stream)
+    stream.close()
+    assert_at_rest(engine)
+    assert essence(engine.search(PROBLEMS[0], method, seed=3)[0]) == essence(alone[method])
+
+
+def test_an_error_inside_a_tick_leaves_an_engine_that_still_searches(models, alone, monkeypatch):
+    engine, method = load(models, deterministic=True), STEP_METHODS[1]
+    for runner, fails_at in zip(engine.runners, (5, 1), strict=True):
+        forward, calls = runner.forward, iter(range(1000))
+
+        def failing(segments, read_at, forward=forward, calls=calls, fails_at=fails_at):
+            if next(calls) == fails_at:
+                raise KeyboardInterrupt
+            return forward(segments, read_at)
+
+        monkeypatch.setattr(runner, "forward", failing)
+    for _ in engine.runners:
+        with pytest.raises(KeyboardInterrupt):
+            engine.search(PROBLEMS[:2], method, seed=3)
+        assert_at_rest(engine)
+    assert essence(engine.search(PROBLEMS[0], method, seed=3)[0]) == essence(alone[method])
+
+
+def test_results_come_as_problems_finish_and_each_once(models):
+    engine = load(models, max_rows=8)
+    seen, open_searches = [], []
+    for result in engine.stream(PROBLEMS, STEP_METHODS[1]):
+        seen.append(result.problem.id)
+        open_searches.append(engine.policy.num_open)
+    assert sorted(seen) == [problem.id for problem in PROBLEMS]
+    assert open_searches[0] > 0 and open_searches[-1] == 0
+
+
+def test_search_gives_results_in_the_order_of_the_problems(models):
+    engine = load(models, None)
+    results = engine.search(["1+1?", *PROBLEMS[:3]], make_method("majority", n=2))
+    assert [result.problem.id for result in results] == ["problem-1", "p0", "p1", "p2"]
+
+
+def test_a_second_stream_while_one_is_open_is_refused_and_the_first_goes_on(models):
+    engine = load(models)
+    stream = engine.stream(PROBLEMS[:2], STEP_METHODS[0])
+    next(stream)
+    with pytest.raises(EngineError, match="searching already"):
+        engine.search(PROBLEMS[2], STEP_METHODS[0])
+    assert len(list(stream)) == 1
+    assert_at_rest(engine)
+
+
+@pytest.mark.parametrize("problems", [[], ()], ids=str)
+def test_no_problems_give_no_results(models, problems):
+    assert load(models).search(problems, STEP_METHODS[0]) == []
+
+
+# What is refused, in one sentence, before anything is computed.
+
+
+@pytest.mark.parametrize(
+    ("problems", "complaint"),
+    [
+        ("", "problem problem-1 is empty"),
+        (["1+1?", " \n"], "problem problem-2 is empty"),
+        ([Problem(id="a", problem="1+1?", answer=None)] * 2, "two problems have the same id"),
+        (["1+1?", "1" * 600], "problem problem-2 has a prompt of 601 tokens and the policy 512 positions"),
+    ],
+    ids=["empty", "blank", "same id", "too long"],
+)
+def test_a_problem_that_cannot_be_searched_is_refused_before_any_compute(models, problems, complaint):
+    engine = load(models)
+    with pytest.raises(EngineError, match=complaint) as refused:
+        engine.stream(problems, STEP_METHODS[0])
+    assert "\n" not in str(refused.value)
+    assert engine.ticks == 0
+
+
+def test_a_method_that_scores_needs_a_prm(models):
+    with pytest.raises(EngineError, match="beam needs a PRM and this engine has none: give prm="):
+        load(models, None).search("1+1?", STEP_METHODS[1])
+
+
+@pytest.mark.parametrize(("blocks", "what"), [(21, "problem p1 in the PRM may need 22"), (22, "problem p2 may need 23")])
+def test_a_search_that_can_never_fit_is_refused_with_the_numbers(models, blocks, what):
+    engine = load(models, kv_bytes=tiny_pool(models, blocks))
+    with pytest.raises(OutOfBlocks, match=f"{what} KV blocks of 4 tokens .* and the pool has {blocks} in all"):
+        engine.search(PROBLEMS[1:3], STEP_METHODS[1])
+    assert engine.ticks == 0
+    assert_at_rest(engine)
+
+
+def test_a_pool_without_a_single_block_is_refused(models):
+    with pytest.raises(EngineError, match="kv_bytes=100 holds no block"):
+        load(models, kv_bytes=100)
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [({"dtype": "int8"}, "no dtype 'int8'"), ({"max_rows": 0}, "max_rows=0"), ({"backend": "fast"}, "fast"),
+     ({"deterministic": True, "backend": "per_branch"}, "not batch-invariant"), ({"rows": 3}, "rows")],
+    ids=str,
+)  # fmt: skip
+def test_senseless_settings_are_refused_in_one_sentence(models, setting, complaint):
+    with pytest.raises(EngineError, match=complaint):
+        load(models, **setting)
+
+
+def test_a_reward_model_cannot_be_the_policy_nor_a_policy_the_prm(models):
+    with pytest.raises(EngineError, match="cannot write"):
+        Engine.from_pretrained(models / "qwen2.5-math-prm")
+    with pytest.raises(EngineError, match="cannot be recognised as a PRM"):
+        Engine.from_pretrained(models / "policy", models / "policy")
+
+
+def test_the_default_settings_are_valid_and_frozen():
+    config = EngineConfig()
+    assert config.attention == "per_branch" and EngineConfig(deterministic=True).attention == "reference"
+    with pytest.raises(AttributeError):
+        config.dtype = "bfloat16"
+
+
+# What is counted.
+
+
+def test_a_prompt_and_every_distinct_token_are_computed_once(models):
+    """Best-of-16: the prompt once; each step but a trajectory's last in full, of the last all but its last token. PRM: all once."""
+    engine = load(models)
+    (result,) = engine.search(PROBLEMS[0], make_method("best_of_n", n=16, max_steps=5), seed=1)
+    nodes, ledger, prompt = result.nodes, result.ledger, len(result.branches[0].path[0].tokens)
+    paths = {tuple(step.tokens for step in node.path): node for node in nodes}
+    assert len(paths) == len(nodes)  # no two draws came out equal
+    assert ledger.policy.tokens_generated == sum(len(node.tokens) for node in nodes)
+    assert ledger.policy.tokens_computed == prompt + sum(len(node.tokens) - node.finished for node in nodes)
+    assert ledger.policy.tokens_recomputed == ledger.prm.tokens_recomputed == 0
+    assert ledger.policy.tokens_unshared == sum(prompt + branch.num_tokens for branch in result.branches)
+    # The first draws share the prompt's logits; every other draw has a row of its own.
+    assert ledger.policy.head_flops == 2 * 60 * 32 * (ledger.policy.tokens_generated - 15)
+
+    spec = engine.scorer.spec
+    opening = len(spec.opening(PROBLEMS[0].problem))
+    read = {tuple(step.text.strip() for step in node.steps): len(spec.step(node.text, node.depth == 1)) for node in nodes}
+    assert ledger.prm.tokens_computed == opening + sum(read.values())
+    assert ledger.prm.steps_scored == len(nodes)
+    assert ledger.prm.tokens_reread == sum(len(spec.render(PROBLEMS[0].problem, [s.text for s in n.steps])[0]) for n in nodes)
+
+
+def test_a_step_shared_by_children_is_computed_once_in_beam_search(models):
+    engine = load(models)
+    (result,) = engine.search(PROBLEMS[0], STEP_METHODS[1], seed=3)
+    nodes, prompt = result.nodes, len(result.branches[0].path[0].tokens)
+    expanded = {node.parent.identity for node in nodes}
+    computed = prompt + sum(len(node.tokens) - (node.identity not in expanded) for node in nodes)
+    assert max(Counter(node.parent.identity for node in nodes if node.depth > 1).values()) >= 4
+    assert result.ledger.policy.tokens_computed == computed
+    leaves = [node for node in nodes if node.identity not in expanded]
+    assert result.ledger.policy.tokens_unshared == sum(prompt + leaf.num_tokens for leaf in leaves) > computed
+
+
+def test_cot_is_greedy_one_branch_and_needs_no_prm(models):
+    engine = load(models, None)
+    (result,) = engine.search(PROBLEMS[0], make_method("cot", max_steps=5))
+    (other,) = engine.search(PROBLEMS[0], make_method("cot", max_steps=5), seed=9)
+    assert len(result.branches) == 1
+    assert result.branches[0].solution == other.branches[0].solution
+    assert result.ledger.prm.tokens_computed == 0 and result.aggregates.keys() == {"majority"}
+    assert result.branches[0].scores == (None,) * result.branches[0].depth
+
+
+# What comes back.
+
+
+@pytest.fixture(scope="module")
+def answering(models):
+    """An engine whose policy says "\\boxed{" for j, "}" for k and a digit for most other letters."""
+    engine = load(models)
+    said = [*engine.policy.rule.token_bytes]
+    for i, piece in enumerate(said):
+        if len(piece) == 1 and piece.isalpha():
+            said[i] = {b"j": b"\\boxed{", b"k": b"}", b"m": b"\\boxed{1}"}.get(piece, b"%d" % (i % 2 + 1))
+    engine.policy.rule = StepRule(said, np.flatnonzero(engine.policy.rule.eos), len(said))
+    return engine
+
+
+@by_name
+def test_answers_are_extracted_grouped_and_voted(answering, method):
+    results = answering.search(PROBLEMS[:4], method, seed=2)
+    assert any(result.answer is not None for result in results)
+    for result in results:
+        assert len(result.branches) == len(result.answers) == len(result.groups) > 0
+        assert len(result.aggregates) == 7
+        assert result.answer == result.aggregates["last_vote"]
+        assert all(branch.finished and branch.score is not None for branch in result.branches)
+        assert {branch.identity for branch in result.branches} <= {node.identity for node in result.nodes}
+        if result.answer is not None:
+            behind = [b.score for b, group in zip(result.branches, result.groups, strict=True) if group == result.answer]
+            assert result.chosen.score == max(behind)
+            votes = Counter()
+            for branch, group in zip(result.branches, result.groups, strict=True):
+                votes[group] += branch.score * (group is not None)
+            assert votes[result.answer] == pytest.approx(max(votes.values()))
+
+
+def test_a_closed_step_with_a_boxed_answer_ends_its_branch(answering):
+    finishes = Counter()
+    for result in answering.search(PROBLEMS, STEP_METHODS[0], seed=2):
+        for node in result.nodes:
+            finishes[node.finish] += 1
+            if node.finish is Finish.ANSWER:
+                assert "\\boxed{" in node.text and "\n\n" in node.text
+    assert finishes[Finish.ANSWER] and finishes[Finish.EOS] and finishes[None]
+
+
+def test_nodes_hold_the_score_of_every_step_that_was_read(models):
+    for method in STEP_METHODS:
+        (result,) = load(models).search(PROBLEMS[0], method, seed=3)
+        assert all(node.score is not None and node.depth >= 1 for node in result.nodes)
+        assert len({node.identity for node in result.nodes}) == len(result.nodes)
+        on_paths = {step.identity: step for branch in result.branches for step in branch.steps}
+        recorded = {node.identity: node for node in result.nodes}
+        assert all(recorded[identity] is step for identity, step in on_paths.items())
+
+
+def test_the_library_prints_and_logs_nothing(models, capfd, caplog):
+    with caplog.at_level(logging.DEBUG), load(models) as engine:
+        engine.search(PROBLEMS[:2], STEP_METHODS[1])
+    printed = capfd.readouterr()
+    assert printed.out == printed.err == ""
+    assert not [record for record in caplog.records if record.name.startswith("tts_engine")]
