@@ -36,8 +36,8 @@ def written(pieces: list[bytes], ends: tuple[int, ...] = (), **limits: int) -> l
 
 @pytest.mark.parametrize(
     "pieces",
-    [[b"a", b"\n\n", b"b", b"$"], [b"a\n\nb", b"$"], [b"a\n", b"\nb", b"$"], [b"a", b"\n", b"\n", b"b", b"$"], [b"a.\n\n", b"b", b"$"],
-     [b"a", b"\n", b"\n\n", b"b", b"$"], [b"\n\n", b"a", b"\n\n", b"b", b"$"], [b"\n\na\n\n", b"b", b"$"]],
+    [[b"a", b"\n\n", b"b", b"$"], [b"a\n\nb", b"$"], [b"a\n", b"\nb", b"$"], [b"a", b"\n", b"\n", b"b", b"$"],
+     [b"a.\n\n", b"b", b"$"], [b"a", b"\n", b"\n\n", b"b", b"$"], [b"\n\n", b"a", b"\n\n", b"b", b"$"], [b"\n\na\n\n", b"b", b"$"]],
     ids=["a token of its own", "inside a token", "across two", "across three", "at a token's end", "three line ends",
          "after leading line ends", "after leading line ends in one token"],
 )  # fmt: skip
@@ -67,7 +67,8 @@ def test_an_end_token_is_silent_and_ends_the_branch_even_on_a_boundary():
 
 
 def test_a_step_that_closes_with_a_boxed_answer_ends_the_branch():
-    assert written([b"x=1", b"\n\n", b"\\box", b"ed{1}", b"\n\n", b"more"]) == [("x=1\n\n", None), ("\\boxed{1}\n\n", Finish.ANSWER)]
+    steps = written([b"x=1", b"\n\n", b"\\box", b"ed{1}", b"\n\n", b"more"])
+    assert steps == [("x=1\n\n", None), ("\\boxed{1}\n\n", Finish.ANSWER)]
 
 
 def test_a_step_is_cut_at_its_limit_and_not_where_it_closes_there():
@@ -252,9 +253,9 @@ def test_abandoning_a_search_gives_up_its_rows_and_no_others(model):
 
     def context(name):
         driver = Driver(Majority(n=3).program(root_branch(PROMPT)))
-        made = DrawContext(driver=driver, sampling=Sampling(temperature=0.7), key=philox_key(0, name), max_steps=9, prompt_tokens=17,
-                           limits=Limits(max_step_tokens=20, max_tokens=40, max_positions=512), ledger=PolicyLedger(),
-                           drawn=lambda branch: None)  # fmt: skip
+        made = DrawContext(driver=driver, sampling=Sampling(temperature=0.7), key=philox_key(0, name), max_steps=9,
+                           prompt_tokens=17, limits=Limits(max_step_tokens=20, max_tokens=40, max_positions=512),
+                           ledger=PolicyLedger(), drawn=lambda branch: None)  # fmt: skip
         for ask in driver.asks():
             policy.submit(made, ask)
         return SimpleNamespace(driver=driver, context=made)

@@ -4,7 +4,6 @@ Joins the drivers of searches with the policy and the scorer; its loop decides o
 two engines in one process, or in two threads, never meet.
 """
 
-import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import torch
 
 from .attention import make_backend

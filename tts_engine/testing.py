@@ -306,7 +306,7 @@ def tiny_spec(**sizes: Any) -> Any:
     from .models.spec import DecoderSpec
 
     config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 8, "intermediate_size": 10,
-              "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}  # fmt: skip
+              "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
     return DecoderSpec.from_hf(config | sizes, "tiny_spec")
 
 

@@ -38,7 +38,7 @@ def test_rows_hold_what_the_demo_promises():
     searched = cell_of([record("a", True), record("b", True)], "policy-s", uses_prm=True)
     plain = cell_of([record("a", True, method="cot", n=None)], "policy-l", uses_prm=False)
     heading, first, second = rows([searched, plain])
-    assert heading == ["policy", "method", "n", "solved % (95 %)", "generated k tok", "PRM read k tok", "re-read k tok",
+    assert heading == ["policy", "method", "n", "accuracy % (95 %)", "generated k tok", "PRM read k tok", "re-read k tok",
                        "policy GFLOP", "PRM GFLOP", "correct /GFLOP", "time s"]  # fmt: skip
     assert first == ["policy-s", "beam", "4", "100.0 (34-100)", "2", "1.60", "12.8", "4", "4", "0.25", "1"]
     assert second == ["policy-l", "cot", "1", "100.0 (21-100)", "1", "-", "-", "2", "-", "0.25", "0.50"]

@@ -92,7 +92,7 @@ def prm_only(show: Callable[[Cell], str]) -> Callable[[Cell], str]:
     return lambda cell: show(cell) if cell.uses_prm else "-"
 
 
-ACCURACY = "solved %\n(95 %)"
+ACCURACY = "accuracy\n% (95 %)"
 COLUMNS: list[tuple[str, Callable[[Cell], str]]] = [
     ("policy", lambda c: c.policy),
     ("method", lambda c: c.method),
