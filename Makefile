@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip
 
-.PHONY: demo test faults bench
+.PHONY: demo test faults soak bench
 
 demo: .venv/.installed
 	.venv/bin/tts-engine demo
@@ -12,6 +12,9 @@ test: .venv/.installed
 
 faults: .venv/.installed
 	.venv/bin/python tests/faults.py
+
+soak: .venv/.installed
+	.venv/bin/python -m pytest -q tests/kv tests/embedded --soak 10
 
 bench: .venv/.installed
 	.venv/bin/python -m pytest -q bench

@@ -12,6 +12,16 @@ if not os.path.exists("/dev/nvidiactl"):
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--soak", type=int, default=1, metavar="TIMES", help="longer forms: so many times the usual number of examples")
+
+
+@pytest.fixture(scope="session")
+def soak(request) -> int:
+    """How many times as long as usual a test that can be longer should be."""
+    return request.config.getoption("--soak")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Benchmarks, tokenizers and configs that developers keep beside the repository; nothing of it is copied into it."""

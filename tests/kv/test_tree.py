@@ -237,21 +237,22 @@ class TreeMachine(RuleBasedStateMachine):
             assert not out[len(texts[row]) :].any()
 
 
-def test_ten_thousand_operations_agree_with_the_model_and_conserve_blocks():
+@pytest.mark.timeout(0)
+def test_ten_thousand_operations_agree_with_the_model_and_conserve_blocks(soak):
     TreeMachine.operations = 0
     # no shrinking: a failure is told at once rather than after minutes
     run_state_machine_as_test(
         TreeMachine,
         settings=settings(
-            max_examples=EXAMPLES,
+            max_examples=EXAMPLES * soak,
             stateful_step_count=STEPS,
-            derandomize=True,
+            derandomize=soak == 1,
             deadline=None,
             database=None,
             phases=[Phase.generate],
         ),
     )
-    assert TreeMachine.operations >= 10_000
+    assert TreeMachine.operations >= 10_000 * soak
 
 
 def tree_of(num_blocks=8, block_size=4):
