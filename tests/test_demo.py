@@ -19,13 +19,13 @@ def cell(policy, method, n, solved, gflop, uses_prm=True, problems=100):
                 correct=tuple(i < solved for i in range(problems)))  # fmt: skip
 
 
-def cells(beam, large):
+def cells(searched, large):
     return [
         cell("policy-s", "cot", 1, 20, 0.01, uses_prm=False),
         cell("policy-s", "majority", 16, 99, 0.1, uses_prm=False),
-        cell("policy-s", "best_of_n", 16, 30, 0.3),
-        cell("policy-s", "beam", 16, beam, 0.4),
-        cell("policy-s", "dvts", 16, beam, 0.5),
+        cell("policy-s", "best_of_n", 16, searched, 0.3),
+        cell("policy-s", "beam", 16, searched, 0.4),
+        cell("policy-s", "dvts", 16, searched, 0.5),
         cell("policy-l", "cot", 1, large, 0.2, uses_prm=False),
         cell("policy-l", "majority", 4, 50, 0.8, uses_prm=False),
         cell("policy-l", "majority", 16, 55, 3.0, uses_prm=False),
@@ -59,10 +59,13 @@ def test_the_verdict_claims_what_its_interval_allows(beam, large, outcome, claim
     assert verdict.sentence.count(". ") == 0 and "paired difference" in verdict.sentence
 
 
-def test_the_verdict_names_the_cheaper_of_the_best_and_their_compute():
-    verdict = demo.verdict(cells(70, 50))
-    assert (verdict.small.method, verdict.large.method, verdict.large_majority.n) == ("beam", "cot", 16)
-    assert "policy-s with beam n=16 solves 70.0 % at 0.40 GFLOP a problem in all, the best of its 3" in verdict.sentence
+def test_the_verdict_is_of_the_search_chosen_beforehand_and_names_its_compute():
+    method, n = demo.CHOSEN
+    given = [c for c in cells(70, 50) if not c.uses_prm]
+    given += [cell("policy-s", name, 16, 70 if (name, 16) == demo.CHOSEN else 90, 0.4) for name in ("best_of_n", "beam", "dvts")]
+    verdict = demo.verdict(given)
+    assert (verdict.small.method, verdict.large.method, verdict.large_majority.n) == (method, "cot", 16)
+    assert f"policy-s with {method} n={n} solves 70.0 % at 0.40 GFLOP a problem in all (a search chosen" in verdict.sentence
     assert "policy-l with cot solves 50.0 % at 0.20 GFLOP" in verdict.sentence
     assert "+20.0 points" in verdict.sentence and "policy-l with majority n=16 solves 55.0 % at 3 GFLOP" in verdict.sentence
 

@@ -35,7 +35,7 @@ POLICIES = {
     p.name: p
     for p in (
         PolicyRecipe(name="policy-s", hidden_size=64, num_layers=3, num_heads=2, num_kv_heads=1,
-                     legs=((24_000_000, 4e-3),), seed=1),
+                     legs=((14_000_000, 4e-3),), seed=1),
         PolicyRecipe(name="policy-m", hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2,
                      legs=((12_000_000, 2.5e-3),), seed=2),
         PolicyRecipe(name="policy-l", hidden_size=224, num_layers=5, num_heads=7, num_kv_heads=1,
@@ -49,5 +49,5 @@ PRMS = {
         PRMRecipe(name="prm-poor", family="math-shepherd", trained_on="corrupted gold", tokens=5_000_000, seed=5),
     )
 }
-SAMPLES = {"policies": ("policy-s", "policy-m"), "programs": 7000, "draws": 4, "temperature": 0.8}
+SAMPLES = {"policies": ("policy-s", "policy-m"), "programs": 6000, "draws": 4, "temperature": 0.8}
 LEVEL_MIX = {1: 1, 2: 1, 3: 1}  # relative frequency of levels among training problems
