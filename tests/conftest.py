@@ -13,7 +13,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--soak", type=int, default=1, metavar="TIMES", help="longer forms: so many times the usual number of examples")
+    parser.addoption("--soak", type=int, default=1, metavar="TIMES", help="so many times the usual number of examples")
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,8 @@ class Verdict:
         }[self.outcome]
         low, high = (100 * bound for bound in self.interval)
         return (
-            f"{claim}: {_told(self.small)} (a search chosen on calibration problems), against {_told(self.large)}, a paired difference of {100 * self.difference:+.1f} points (95 % interval {low:+.1f} to "
+            f"{claim}: {_told(self.small)} (a search chosen on calibration problems), "
+            f"against {_told(self.large)}, a paired difference of {100 * self.difference:+.1f} points (95 % interval {low:+.1f} to "
             f"{high:+.1f}); {_told(self.large_majority)}."
         )
 

@@ -197,6 +197,7 @@ class Engine:
                 if ask.draws:
                     self.policy.submit(search.drawing, ask)
                 else:
+                    assert self.scorer is not None and search.scoring is not None, "stream() refuses a method that lacks its PRM"
                     self.scorer.submit(search.scoring, ask)
 
     def _prompt(self, problem: Problem, method: Method) -> list[int]:
@@ -205,10 +206,11 @@ class Engine:
         ids = encode_prompt(self.tokenizer, problem.problem, config.system)
         positions = runner.decoder.spec.max_positions
         if len(ids) >= positions:
-            raise EngineError(f"problem {problem.id} has a prompt of {len(ids)} tokens and the policy {positions} positions: shorten it")
+            raise EngineError(f"problem {problem.id} has a prompt of {len(ids)} tokens and the policy {positions} positions: "
+                              "shorten it")  # fmt: skip
         room = min(config.max_tokens, positions - len(ids), config.max_step_tokens * method.max_steps)
         runner.refuse_unless_fits(f"problem {problem.id}", len(ids), room, method.max_steps)
-        if method.uses_prm:  # as the PRM reads it, taking its tokens for as long as the policy's
+        if method.uses_prm and self.scorer is not None:  # as the PRM reads it, taking its tokens for as long as the policy's
             opening, marker = len(self.scorer.spec.opening(problem.problem)), len(self.scorer.spec.step("", False))
             tokens = room + marker * method.max_steps
             self.scorer.runner.refuse_unless_fits(f"problem {problem.id} in the PRM", opening, tokens, method.max_steps)
@@ -233,7 +235,7 @@ class Engine:
             drawn=record,
         )
         scoring = None
-        if method.uses_prm:
+        if method.uses_prm and self.scorer is not None:
             opening = self.scorer.spec.opening(problem.problem)
             scoring = ScoreContext(driver=driver, opening=opening, ledger=ledger.prm, scored=record)
         return _Search(problem, driver, drawing, scoring, nodes, ledger, time.perf_counter())
@@ -241,7 +243,7 @@ class Engine:
     def _abandon(self, search: _Search) -> None:
         search.driver.close()
         self.policy.abandon(search.drawing)
-        if search.scoring is not None:
+        if self.scorer is not None and search.scoring is not None:
             self.scorer.abandon(search.scoring)
 
     def _result(self, search: _Search, method: Method, seed: int) -> SearchResult:
@@ -279,7 +281,8 @@ def make_scorer(runner: ModelRunner, directory: Path, family: str | None) -> Sco
     if isinstance(spec.readout, TokenPair):
         head = PairHead.of(runner.decoder, plus_id=spec.readout.plus, minus_id=spec.readout.minus)
         return Scorer(runner, spec, head, head_flops=2 * width)
-    return Scorer(runner, spec, TwoClassHead.load(checkpoint, width, device=runner.decoder.device), head_flops=2 * width * width + 2 * width)
+    two_class = TwoClassHead.load(checkpoint, width, device=runner.decoder.device)
+    return Scorer(runner, spec, two_class, head_flops=2 * width * width + 2 * width)
 
 
 def as_problems(problems: str | Problem | Iterable[str | Problem]) -> list[Problem]:

@@ -14,7 +14,7 @@ from .branch import Branch, Finish
 from .ledger import PolicyLedger
 from .runner import ModelRunner, Segments, pairs
 from .sampling import Sampling, sample
-from .search.driver import Ask, Draw, Driver
+from .search.driver import Answer, Ask, Draw, Driver
 
 MAX_PREFILL = 4096  # tokens of prompts and forgotten steps that one tick reads, beside at least one parent
 ANSWER_SIGN = "\\boxed{"
@@ -38,7 +38,7 @@ class StepRule:
     """Where a step ends, found on token ids: at the first blank line that follows some text, or at an end-of-text token.
 
     A blank line may lie inside a token or across two; the step ends with the token that completes it. Line ends before any
-    text do not close a step, so no step is empty.
+    text do not close a step; only an end-of-text token right behind another step makes an empty one.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], eos_ids: Sequence[int], vocab_size: int) -> None:
@@ -83,27 +83,15 @@ class DrawContext:
 
 
 @dataclass(slots=True, eq=False)
-class _Pending:
-    """An Expand on its way: its children by place, None where not yet there."""
+class _Row:
+    """One draw on its way to its `place` in an answer. `tokens` are those of earlier leases: it was preempted and resumes behind
+    them."""
 
     context: DrawContext
-    ask: Ask
-    children: list[Branch | None]
-    missing: int
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """One draw on its way. `tokens` are those of earlier leases: it was preempted and resumes behind them."""
-
-    pending: _Pending
+    answer: Answer
     place: int
     draw: Draw
     tokens: list[int] = field(default_factory=list)
-
-    @property
-    def context(self) -> DrawContext:
-        return self.pending.context
 
 
 @dataclass(slots=True, eq=False)
@@ -141,7 +129,7 @@ class Policy:
         # Rows that decode, as columns over `max_rows` places; `_active` lists the places in use, oldest row first.
         self._active = np.empty(0, np.int64)
         self._free = list(range(max_rows))[::-1]
-        self._rows: list[_Row | None] = [None] * max_rows
+        self._rows: dict[int, _Row] = {}  # by place
         self._lease = np.zeros(max_rows, np.int64)
         self._path_start = np.zeros(max_rows, np.int32)
         self._length = np.zeros(max_rows, np.int32)  # tokens drawn; all but the last are written
@@ -166,14 +154,14 @@ class Policy:
 
     def submit(self, context: DrawContext, ask: Ask) -> None:
         """Take an Expand; it is answered through the context's driver during some tick."""
-        pending = _Pending(context, ask, [None] * len(ask.draws), len(ask.draws))
-        self._waiting.extend(_Row(pending, place, draw) for place, draw in enumerate(ask.draws))
+        answer = Answer(context.driver, ask)
+        self._waiting.extend(_Row(context, answer, place, draw) for place, draw in enumerate(ask.draws))
 
     def abandon(self, context: DrawContext) -> None:
         """Forget every draw of one search and give up its leases."""
         self._waiting = deque(row for row in self._waiting if row.context is not context)
-        leaving = np.array([self._rows[place].context is context for place in self._active], dtype=bool)
-        for place in self._active[leaving]:
+        leaving = np.array([self._rows[place].context is context for place in self._active.tolist()], np.bool_)
+        for place in self._active[leaving].tolist():
             self.runner.tree.release(int(self._lease[place]))
             self._vacate(place)
         self._active = self._active[~leaving]
@@ -382,24 +370,22 @@ class Policy:
 
     def _pass_on(self, row: _Row, child: Branch) -> None:
         """Answer the ask with the child, or draw on where the whole trajectory was asked for."""
-        context, pending = row.context, row.pending
+        context = row.context
         if row.draw.to_end:
             if child.depth >= context.max_steps:
                 child = child.ended(Finish.DEPTH)
             context.drawn(child)
             if not child.finished:
-                self._waiting.appendleft(_Row(pending, row.place, context.driver.next_draw(child, row.draw.lane, to_end=True)))
+                draw = context.driver.next_draw(child, row.draw.lane, to_end=True)
+                self._waiting.appendleft(_Row(context, row.answer, row.place, draw))
                 return
         else:
             context.drawn(child)
-        pending.children[row.place] = child
-        pending.missing -= 1
-        if not pending.missing:
-            context.driver.answer(pending.ask, pending.children)
+        row.answer.put(row.place, child)
 
     def _vacate(self, place: int) -> None:
-        self._rows[place] = None
-        self._free.append(int(place))
+        del self._rows[place]
+        self._free.append(place)
 
     # Counting
 

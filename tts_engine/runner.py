@@ -42,8 +42,9 @@ class ModelRunner:
         spec = decoder.spec
         self.decoder, self.backend = decoder, backend
         self.tree = KVTree(num_blocks=num_blocks, block_size=block_size)
-        self.cache = KVCache(num_layers=spec.num_layers, num_blocks=num_blocks, block_size=block_size, num_kv_heads=spec.num_kv_heads,
-                             head_dim=spec.head_dim, dtype=decoder.dtype, device=decoder.device)  # fmt: skip
+        self.cache = KVCache(num_layers=spec.num_layers, num_blocks=num_blocks, block_size=block_size,
+                             num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, dtype=decoder.dtype,
+                             device=decoder.device)  # fmt: skip
 
     @property
     def block_bytes(self) -> int:
@@ -54,7 +55,7 @@ class ModelRunner:
 
         None where the blocks cannot be had now; then nothing is held.
         """
-        parent, nodes = NO_NODE, []
+        parent, nodes = NO_NODE, list[int]()
         for tokens in steps:
             node = self.tree.insert(parent, tokens)
             if nodes:
@@ -84,7 +85,8 @@ class ModelRunner:
             context_lens=lens.astype(np.int32),
         )
         device = self.decoder.device
-        ids, places, reads = (torch.from_numpy(np.ascontiguousarray(x, np.int64)).to(device) for x in (s.token_ids, positions, read_at))
+        given = (s.token_ids, positions, read_at)
+        ids, places, reads = (torch.from_numpy(np.ascontiguousarray(x, np.int64)).to(device) for x in given)
         plan = self.backend.plan(layout)
         return self.decoder.forward(ids, places, cache=self.cache, backend=self.backend, plan=plan, read_at=reads)
 

@@ -318,7 +318,7 @@ def chain_policy(pieces: Sequence[bytes], *, ends: Sequence[int] = (), num_block
     from .runner import ModelRunner
 
     spec = tiny_spec()
-    decoder = ChainDecoder(spec, {i: min(i + 1, len(pieces) - 1) for i in range(len(pieces))})
+    decoder: Any = ChainDecoder(spec, {i: min(i + 1, len(pieces) - 1) for i in range(len(pieces))})
     runner = ModelRunner(decoder, make_backend("reference"), num_blocks=num_blocks, block_size=block_size)
     return Policy(runner, StepRule(pieces, ends, spec.vocab_size), max_rows=max_rows)
 
@@ -339,7 +339,7 @@ def draw_all(policy: Any, program: Program, prompt_tokens: int, *, temperature: 
     from .policy import DrawContext, Limits
     from .sampling import Sampling, philox_key
 
-    driver, nodes, ledger = Driver(program), [], PolicyLedger()
+    driver, nodes, ledger = Driver(program), list[Branch](), PolicyLedger()
     context = DrawContext(driver=driver, sampling=Sampling(temperature=temperature), key=philox_key(seed, "draw_all"),
                           limits=Limits(max_step_tokens=max_step_tokens, max_tokens=max_tokens, max_positions=max_positions),
                           max_steps=max_steps, prompt_tokens=prompt_tokens, ledger=ledger, drawn=nodes.append)  # fmt: skip

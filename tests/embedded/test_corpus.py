@@ -4,8 +4,18 @@ import itertools
 
 import torch
 
-from tts_engine.embedded.corpus import (FIRST_ERROR, GOOD, IGNORE, LATER_ERROR, Trajectory, batches, corrupted_gold, labelled_rows,
-                                        solved_rows, training_programs)  # fmt: skip
+from tts_engine.embedded.corpus import (
+    FIRST_ERROR,
+    GOOD,
+    IGNORE,
+    LATER_ERROR,
+    Trajectory,
+    batches,
+    corrupted_gold,
+    labelled_rows,
+    solved_rows,  # fmt: skip
+    training_programs,
+)
 from tts_engine.embedded.tokenizer import build_tokenizer
 from tts_engine.prm.spec import PRMSpec, TokenPair
 

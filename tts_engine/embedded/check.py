@@ -18,7 +18,7 @@ from ..results import SearchResult
 from ..search import BestOfN, Cot, Majority
 from ..search.voting import majority
 from ..tasks.problems import Problem, load_task
-from ..tasks.programs import step_labels
+from ..tasks.programs import OPERATIONS_BY_LEVEL, step_labels
 from . import BLOCK_SIZE, MODELS
 
 POLICIES = ("policy-s", "policy-m", "policy-l")
@@ -67,7 +67,7 @@ def measure_policy(engine: Engine, problems: list[Problem]) -> dict[str, Figure]
     figures = {}
     for name, values in columns.items():
         figures[name] = mean(values)
-        for level in sorted({p.level for p in problems}):
+        for level in OPERATIONS_BY_LEVEL:
             figures[f"{name}, level {level}"] = mean([v for v, p in zip(values, problems, strict=True) if p.level == level])
     for name, (low, high) in BINS.items():
         figures[f"bin {name}"] = mean([float(low <= rate < high) for rate in rates])
@@ -165,30 +165,36 @@ def readme(figures: dict[str, Figure], num_problems: int, models: Path) -> str:
     ]
     for policy in POLICIES:
         size = _num_parameters(models / policy)
-        lines += [
-            f"| {policy} | {size / 1e6:.2f} M | {name} | " + " | ".join(str(figures[f"{policy}: {name}{level}"]) for level in levels) + " |"
-            for name in names
-        ]
+        for name in names:
+            cells = [str(figures[f"{policy}: {name}{level}"]) for level in levels]
+            lines.append(row(policy, f"{size / 1e6:.2f} M", name, *cells))
     lines += ["", "Share of problems by the policy's own pass@1 (easy: 50 % and more, hard: below 10 %):", ""]
     lines += ["| policy | easy | medium | hard |", "|---|---|---|---|"]
-    lines += [f"| {policy} | " + " | ".join(str(figures[f"{policy}: bin {name}"]) for name in BINS) + " |" for policy in POLICIES]
+    lines += [row(policy, *(str(figures[f"{policy}: bin {name}"]) for name in BINS)) for policy in POLICIES]
     lines += ["", f"Step AUC of the PRMs (first errors against the good steps before them, {PRM_DRAWS} samples a problem):", ""]
     lines += ["| PRM | parameters | " + " | ".join(f"on {policy}" for policy in POLICIES) + " |", "|---|---|---|---|---|"]
     for prm in PRMS:
         size = _num_parameters(models / prm)
-        lines.append(f"| {prm} | {size / 1e6:.2f} M | " + " | ".join(str(figures[f"{prm}: AUC on {policy}"]) for policy in POLICIES) + " |")
+        lines.append(row(prm, f"{size / 1e6:.2f} M", *(str(figures[f"{prm}: AUC on {policy}"]) for policy in POLICIES)))
     lines += ["", "What was asked of them before they were trained (chosen on calibration problems only):", ""]
     lines += ["| asked | measured | holds |", "|---|---|---|"]
-    lines += [f"| {asked} | {100 * value:.1f} | {'yes' if holds else 'no'} |" for asked, value, holds in ship_test(figures)]
+    lines += [row(asked, f"{100 * value:.1f}", "yes" if holds else "no") for asked, value, holds in ship_test(figures)]
     return "\n".join(lines) + "\n"
+
+
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _judged(result: SearchResult) -> list[tuple[float, bool]]:
     """(score, good) of the steps of each trajectory up to its first error."""
+    program = result.problem.program
+    assert program is not None, "only embedded problems can be judged step by step"
     pairs = []
     for branch in result.branches:
-        labels = step_labels(result.problem.program, [step.text.strip() for step in branch.steps])
+        labels = step_labels(program, [step.text.strip() for step in branch.steps])
         for score, good in zip(branch.scores, labels, strict=True):
+            assert score is not None
             pairs.append((score, good))
             if not good:
                 break

@@ -5,10 +5,11 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from safetensors.torch import save_file
@@ -18,10 +19,33 @@ from ..prm.families import FAMILIES
 from ..prm.spec import TokenPair
 from ..tasks.problems import load_task
 from .check import publish
-from .corpus import (FIRST_ERROR, GOOD, IGNORE, LATER_ERROR, Trajectory, batches, corrupted_gold, labelled, labelled_rows, solved_rows,
-                     training_programs)  # fmt: skip
-from .recipe import BATCH_TOKENS, POLICIES, PRMS, SAMPLES, PolicyRecipe, PRMRecipe
+from .corpus import (
+    FIRST_ERROR,
+    GOOD,
+    IGNORE,
+    LATER_ERROR,
+    Trajectory,
+    batches,
+    corrupted_gold,
+    labelled,
+    labelled_rows,
+    solved_rows,
+    training_programs,
+)
+from .recipe import (
+    BATCH_TOKENS,
+    POLICIES,
+    PRMS,
+    SAMPLED_DRAWS,
+    SAMPLED_POLICIES,
+    SAMPLED_PROGRAMS,
+    SAMPLED_TEMPERATURE,
+    PolicyRecipe,
+    PRMRecipe,
+)
 from .tokenizer import build_tokenizer, save_tokenizer
+
+Log = Callable[[str], None]
 
 # Each class of steps weighs the same in every batch, however rare; what follows a first error teaches little.
 CLASS_WEIGHTS = {FIRST_ERROR: 1.0, GOOD: 1.0, LATER_ERROR: 0.25}
@@ -38,7 +62,8 @@ def qwen2_config(recipe: PolicyRecipe, vocab_size: int):
         num_attention_heads=recipe.num_heads,
         num_key_value_heads=recipe.num_kv_heads,
         max_position_embeddings=512,
-        initializer_range=0.64 * recipe.hidden_size**-0.5,  # 0.02, made for wide models, leaves narrow ones on a plateau for millions of tokens
+        # 0.02, made for wide models, leaves narrow ones on a plateau for millions of tokens
+        initializer_range=0.64 * recipe.hidden_size**-0.5,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=0,
@@ -46,7 +71,7 @@ def qwen2_config(recipe: PolicyRecipe, vocab_size: int):
     )
 
 
-def fit(step_loss, parameters, stream, *, total_tokens: int, learning_rate: float, name: str, log) -> None:
+def fit(step_loss, parameters, stream, *, total_tokens: int, learning_rate: float, name: str, log: Log) -> None:
     """AdamW with warm-up and a cosine to a tenth, clipped at 1; `step_loss(ids, targets)` -> scalar."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
@@ -71,7 +96,7 @@ def fit(step_loss, parameters, stream, *, total_tokens: int, learning_rate: floa
             recent.clear()
 
 
-def train_policy(recipe: PolicyRecipe, directory: Path, log=print) -> None:
+def train_policy(recipe: PolicyRecipe, directory: Path, log: Log = print) -> None:
     """Train one policy and save it as a Hugging Face directory of bfloat16 weights."""
     from transformers import Qwen2ForCausalLM
 
@@ -87,13 +112,21 @@ def train_policy(recipe: PolicyRecipe, directory: Path, log=print) -> None:
         seed = recipe.seed + 1000 * leg
         stream = batches(solved_rows(tokenizer, seed), batch_tokens=BATCH_TOKENS, total_tokens=tokens, seed=seed)
         fit(step_loss, model.parameters(), stream, total_tokens=tokens, learning_rate=learning_rate, name=recipe.name, log=log)
-        model.to(torch.bfloat16).to(torch.float32)
-    model.to(torch.bfloat16).save_pretrained(directory)
+        round_weights(model)
+    model.bfloat16()
+    model.save_pretrained(directory)
     save_tokenizer(directory)
 
 
 
-def train_prm(recipe: PRMRecipe, start: Path, trajectories: Iterable[Trajectory], directory: Path, log=print) -> None:
+def round_weights(model: torch.nn.Module) -> None:
+    """Every parameter to the nearest bfloat16, which is what is saved."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+
+
+def train_prm(recipe: PRMRecipe, start: Path, trajectories: Iterable[Trajectory], directory: Path, log: Log = print) -> None:
     """Train one PRM from the policy in `start` and save it in its family's form; classes weigh alike however rare they are."""
     from transformers import Qwen2ForCausalLM
 
@@ -105,6 +138,7 @@ def train_prm(recipe: PRMRecipe, start: Path, trajectories: Iterable[Trajectory]
     width = model.config.hidden_size
     score = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, 2))
     two_class = not isinstance(spec.readout, TokenPair)
+    pair = [spec.readout.minus, spec.readout.plus] if isinstance(spec.readout, TokenPair) else []
     parameters = [*model.parameters(), *(score.parameters() if two_class else ())]
 
     def step_loss(ids, targets):
@@ -114,14 +148,14 @@ def train_prm(recipe: PRMRecipe, start: Path, trajectories: Iterable[Trajectory]
         if two_class:
             logits = score(hidden)
         else:
-            logits = hidden @ model.get_input_embeddings().weight[[spec.readout.minus, spec.readout.plus]].T
+            logits = hidden @ model.model.embed_tokens.weight[pair].T
         losses = torch.nn.functional.cross_entropy(logits, (kinds == GOOD).long(), reduction="none")
         share = [losses[kinds == kind].mean() * weight for kind, weight in CLASS_WEIGHTS.items() if (kinds == kind).any()]
         return torch.stack(share).sum()
 
     stream = batches(labelled_rows(spec, trajectories), batch_tokens=BATCH_TOKENS, total_tokens=recipe.tokens, seed=recipe.seed)
     fit(step_loss, parameters, stream, total_tokens=recipe.tokens, learning_rate=recipe.learning_rate, name=recipe.name, log=log)
-    model.to(torch.bfloat16)
+    model.bfloat16()
     if two_class:
         tensors = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}
         tensors |= {f"score.{name}": tensor.to(torch.bfloat16) for name, tensor in score.state_dict().items()}
@@ -134,7 +168,7 @@ def train_prm(recipe: PRMRecipe, start: Path, trajectories: Iterable[Trajectory]
 
 
 @torch.inference_mode()
-def sample_trajectories(policy: Path, file: Path, *, programs: int, draws: int, temperature: float, seed: int, log=print) -> None:
+def sample_trajectories(policy: Path, file: Path, *, seed: int, log: Log = print) -> None:
     """Write what `policy` answers to fresh training programs, with labels, as JSONL (one trajectory a line)."""
     from transformers import Qwen2ForCausalLM
 
@@ -142,17 +176,17 @@ def sample_trajectories(policy: Path, file: Path, *, programs: int, draws: int, 
     tokenizer.padding_side = "left"
     model = Qwen2ForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
     torch.manual_seed(seed)
-    chosen = sorted(itertools.islice(training_programs(seed), programs), key=lambda program: len(program.text))
+    chosen = sorted(itertools.islice(training_programs(seed), SAMPLED_PROGRAMS), key=lambda program: len(program.text))
     lines, started = [], time.monotonic()
-    for first in range(0, programs, 128):
+    for first in range(0, SAMPLED_PROGRAMS, 128):
         group = chosen[first : first + 128]
         inputs = tokenizer([program.text + "\n" for program in group], return_tensors="pt", padding=True)
         longest = inputs["input_ids"].shape[1]
-        outputs = model.generate(**inputs, do_sample=True, temperature=temperature, top_k=0, num_return_sequences=draws,
-                                 max_new_tokens=160)  # fmt: skip
+        outputs = model.generate(**inputs, do_sample=True, temperature=SAMPLED_TEMPERATURE, top_k=0,
+                                 num_return_sequences=SAMPLED_DRAWS, max_new_tokens=160)  # fmt: skip
         for i, text in enumerate(tokenizer.batch_decode(outputs[:, longest:], skip_special_tokens=True)):
             steps = [step for step in text.split("\n\n") if step.strip()]
-            trajectory = labelled(group[i // draws], steps)
+            trajectory = labelled(group[i // SAMPLED_DRAWS], steps)
             lines.append(json.dumps([trajectory.problem, trajectory.steps, trajectory.labels]))
         if first // 128 % 10 == 0:
             log(f"{file.stem}: {len(lines)} trajectories, {time.monotonic() - started:.0f} s")
@@ -162,7 +196,7 @@ def sample_trajectories(policy: Path, file: Path, *, programs: int, draws: int, 
     partial.rename(file)
 
 
-def sampled(files: list[Path]) -> Iterable[Trajectory]:
+def sampled(files: list[Path]) -> Iterator[Trajectory]:
     """The trajectories of several sample files, in turn, over and over."""
     columns = [file.read_text().splitlines() for file in files]
     lines = [line for row in itertools.zip_longest(*columns) for line in row if line is not None]
@@ -170,47 +204,50 @@ def sampled(files: list[Path]) -> Iterable[Trajectory]:
         yield Trajectory(problem, tuple(steps), tuple(labels))
 
 
-def train_all(out: Path, work: Path, log=print) -> None:
-    """Remake every model that `out` lacks, in two single-threaded processes (a 2-core machine's best use)."""
+def train_all(out: Path, work: Path, log: Log = print) -> None:
+    """Remake every model that `out` lacks and measure them; logs and samples go to `work`.
+
+    Two single-threaded processes are the best use of two cores: small matrices gain little from a second thread.
+    """
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        lanes = [pool.submit(_run_stages, stages, out, work) for stages in
-                 (["policy-l", "prm-poor"], ["policy-s", "policy-m", "samples", "prm-good"])]  # fmt: skip
-        for lane in lanes:
-            lane.result()
+    lanes = (["policy-l", "prm-poor"], ["policy-m", "policy-s", "prm-good"])
+    with ProcessPoolExecutor(len(lanes), mp_context=get_context("spawn")) as pool:
+        for done in [pool.submit(_run_lane, names, out, work) for names in lanes]:
+            done.result()
     publish(out, load_task("embedded", "calibration"), log)
     log(f"the embedded models are in {out}")
 
 
-def _run_stages(stages: list[str], out: Path, work: Path) -> None:
+def _run_lane(names: Sequence[str], out: Path, work: Path) -> None:
+    """Make the models of one lane in turn; each appears in `out` when it is whole."""
     torch.set_num_threads(1)
-    for stage in stages:
-        with open(work / f"{stage}.log", "a") as file:
+    for name in names:
+        if (out / name).exists():
+            continue
+        partial = work / name
+        partial.mkdir(exist_ok=True)
+        with open(work / f"{name}.log", "a") as file:
 
-            def log(line: str, file=file) -> None:
+            def log(line: str, file: TextIO = file) -> None:
                 print(line, file=file, flush=True)
 
-            if stage == "samples":
-                for policy, seed in zip(SAMPLES["policies"], itertools.count(100)):
-                    file_out = work / f"{policy}.jsonl"
-                    if not file_out.exists():
-                        sample_trajectories(out / policy, file_out, programs=SAMPLES["programs"], draws=SAMPLES["draws"],
-                                            temperature=SAMPLES["temperature"], seed=seed, log=log)  # fmt: skip
-                continue
-            if (out / stage).exists():
-                continue
-            partial = work / stage
-            partial.mkdir(exist_ok=True)
-            if stage in POLICIES:
-                train_policy(POLICIES[stage], partial, log)
+            if name in POLICIES:
+                train_policy(POLICIES[name], partial, log)
             else:
-                recipe = PRMS[stage]
-                while not (out / recipe.start).exists():
-                    time.sleep(1)
-                if recipe.trained_on == "samples":
-                    trajectories = sampled([work / f"{policy}.jsonl" for policy in SAMPLES["policies"]])
-                else:
-                    trajectories = corrupted_gold(recipe.seed)
-                train_prm(recipe, out / recipe.start, trajectories, partial, log)
-            partial.rename(out / stage)
+                _make_prm(PRMS[name], partial, out, work, log)
+        partial.rename(out / name)
+
+
+def _make_prm(recipe: PRMRecipe, directory: Path, out: Path, work: Path, log: Log) -> None:
+    while not (out / recipe.start).exists():  # the other lane makes it
+        time.sleep(1)
+    if recipe.trained_on == "corrupted gold":
+        trajectories = corrupted_gold(recipe.seed)
+    else:
+        files = [work / f"{policy}.jsonl" for policy in SAMPLED_POLICIES]
+        for number, (policy, file) in enumerate(zip(SAMPLED_POLICIES, files, strict=True)):
+            if not file.exists():
+                sample_trajectories(out / policy, file, seed=100 + number, log=log)
+        trajectories = sampled(files)
+    train_prm(recipe, out / recipe.start, trajectories, directory, log)

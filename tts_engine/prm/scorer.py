@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..branch import Branch
 from ..errors import EngineError, OutOfBlocks
-from ..kv.tree import NO_NODE
+from ..kv.tree import NO_NODE, blocks_needed
 from ..ledger import PRMLedger
 from ..runner import ModelRunner, Segments, pairs
-from ..search.driver import Ask, Driver
+from ..search.driver import Answer, Ask, Driver
 from .spec import PRMSpec
 
 MAX_TOKENS = 4096  # new tokens of one forward, beside at least one branch
@@ -30,21 +30,13 @@ class ScoreContext:
 
 
 @dataclass(slots=True, eq=False)
-class _Pending:
-    """A Score on its way: the answered branches by place."""
+class _Reading:
+    """One branch to be read on its way to its `place` in an answer: its tokens step by step, the opening first."""
 
     context: ScoreContext
-    ask: Ask
-    branches: list[Branch | None]
-    missing: int
-
-
-@dataclass(slots=True, eq=False)
-class _Reading:
-    """One branch to be read: its tokens step by step, the opening first."""
-
-    pending: _Pending
+    answer: Answer
     place: int
+    branch: Branch
     ids: list[list[int]]
 
 
@@ -74,18 +66,17 @@ class Scorer:
 
     def submit(self, context: ScoreContext, ask: Ask) -> None:
         """Take a Score; it is answered through the context's driver, at once where every step has its score already."""
-        pending = _Pending(context, ask, list(ask.branches), 0)
+        answer = Answer(context.driver, ask)
         for place, branch in enumerate(ask.branches):
             if None in branch.scores:
-                pending.missing += 1
                 steps = [self.spec.step(step.text, number == 0) for number, step in enumerate(branch.steps)]
-                self._waiting.append(_Reading(pending, place, [context.opening, *steps]))
-        if not pending.missing:
-            context.driver.answer(ask, pending.branches)
+                self._waiting.append(_Reading(context, answer, place, branch, [context.opening, *steps]))
+            else:
+                answer.put(place, branch)
 
     def abandon(self, context: ScoreContext) -> None:
         """Forget whatever one search still waits for."""
-        self._waiting = deque(reading for reading in self._waiting if reading.pending.context is not context)
+        self._waiting = deque(reading for reading in self._waiting if reading.context is not context)
 
     def tick(self) -> None:
         """One forward over as many waiting branches as fit: new tokens only, shared ones once."""
@@ -102,8 +93,9 @@ class Scorer:
             taken.append((reading, nodes))
             num_tokens += self._plan(reading, nodes, runs)
         if not taken:
-            raise OutOfBlocks(f"the PRM needs {sum(-(-len(ids) // tree.block_size) for ids in self._waiting[0].ids)} KV blocks of "
-                              f"{tree.block_size} tokens to read one branch and has {tree.num_blocks} in all; raise kv_bytes")  # fmt: skip
+            need = sum(blocks_needed(len(ids), tree.block_size) for ids in self._waiting[0].ids)
+            raise OutOfBlocks(f"the PRM needs {need} KV blocks of {tree.block_size} tokens to read one branch and has "
+                              f"{tree.num_blocks} in all; raise kv_bytes")  # fmt: skip
         try:
             scores = self._read(runs)
         finally:
@@ -114,9 +106,8 @@ class Scorer:
 
     def _plan(self, reading: _Reading, nodes: list[int], runs: dict[int, _Run]) -> int:
         """Note the runs that this branch adds to the forward; the tokens they hold."""
-        context, before, added = reading.pending.context, 0, 0
-        steps = reading.pending.ask.branches[reading.place].path
-        for node, ids, step in zip(nodes, reading.ids, steps, strict=True):
+        context, before, added = reading.context, 0, 0
+        for node, ids, step in zip(nodes, reading.ids, reading.branch.path, strict=True):
             start = self.runner.tree.computed(node)
             unscored = step.parent is not None and step.score is None
             if start == len(ids) and unscored:
@@ -157,14 +148,14 @@ class Scorer:
 
     def _answer(self, reading: _Reading, scores: list[float | None]) -> None:
         """The branch anew with every step's score; answer the ask when all its branches are there."""
-        pending = reading.pending
-        context, path = pending.context, pending.ask.branches[reading.place].path
+        context, path = reading.context, reading.branch.path
         read_so_far, parent, changed = len(reading.ids[0]), path[0], False
         for step, ids, score in zip(path[1:], reading.ids[1:], scores[1:], strict=True):
             read_so_far += len(ids)
             if step.score is None:
                 if score is None or not 0.0 <= score <= 1.0:
-                    raise EngineError(f"the PRM gave {score} for a step, which is no probability: its weights or dtype are at fault")
+                    raise EngineError(f"the PRM gave {score} for a step, which is no probability: its weights or dtype are "
+                                      "at fault")  # fmt: skip
                 step, changed = replace(step, parent=parent, score=score), True
                 context.ledger.steps_scored += 1
                 context.ledger.tokens_reread += read_so_far
@@ -172,7 +163,4 @@ class Scorer:
             elif changed:
                 step = replace(step, parent=parent)
             parent = step
-        pending.branches[reading.place] = parent
-        pending.missing -= 1
-        if not pending.missing:
-            context.driver.answer(pending.ask, pending.branches)
+        reading.answer.put(reading.place, parent)

@@ -153,6 +153,21 @@ class Driver:
         return run
 
 
+@dataclass(slots=True, eq=False)
+class Answer:
+    """What comes of one ask, branch by branch in any order; with the last one the program goes on."""
+
+    driver: Driver
+    ask: Ask
+    branches: dict[int, Branch] = field(default_factory=dict)  # by place
+
+    def put(self, place: int, branch: Branch) -> None:
+        self.branches[place] = branch
+        places = range(len(self.ask.draws or self.ask.branches))
+        if len(self.branches) == len(places):
+            self.driver.answer(self.ask, [self.branches[place] for place in places])
+
+
 def _check_answer(ask: Ask, branches: Sequence[Branch]) -> None:
     asked: Sequence[Draw | Branch] = ask.draws or ask.branches
     assert len(branches) == len(asked), f"an ask of {len(asked)} was answered with {len(branches)} branches"

@@ -7,29 +7,33 @@ answer, or there is no trajectory, the outcome is None. Of tied answers the one 
 
 import math
 from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 from .ranking import AGGREGATES, aggregate
 
+A = TypeVar("A", bound=Hashable)
 
-def vote(answers: Sequence[Hashable], weights: Sequence[float]) -> Hashable:
+
+def vote(answers: Sequence[A | None], weights: Sequence[float]) -> A | None:
     """The answer with the largest sum of weights (PRM-Vote). Sums are exact, so order decides nothing but ties."""
-    groups: dict[Hashable, list[float]] = {}
+    groups: dict[A, list[float]] = {}
     for answer, weight in _present(answers, weights):
         groups.setdefault(answer, []).append(weight)
     return max(groups, key=lambda answer: math.fsum(groups[answer]), default=None)
 
 
-def majority(answers: Sequence[Hashable]) -> Hashable:
+def majority(answers: Sequence[A | None]) -> A | None:
     """The answer given most often."""
     return vote(answers, [1.0] * len(answers))
 
 
-def best(answers: Sequence[Hashable], weights: Sequence[float]) -> Hashable:
+def best(answers: Sequence[A | None], weights: Sequence[float]) -> A | None:
     """The answer of the trajectory with the largest weight (PRM-Max)."""
-    return max(_present(answers, weights), key=lambda pair: pair[1], default=(None, 0.0))[0]
+    present = _present(answers, weights)
+    return max(present, key=lambda pair: pair[1])[0] if present else None
 
 
-def all_aggregates(answers: Sequence[Hashable], scores: Sequence[tuple[float, ...]] | None) -> dict[str, Hashable]:
+def all_aggregates(answers: Sequence[A | None], scores: Sequence[tuple[float | None, ...]] | None) -> dict[str, A | None]:
     """Every way to choose at once: "majority", and with step scores also "{last,min,mean}_{max,vote}".
 
     answers[i] and scores[i] (one number a step) belong to trajectory i. `scores` is None where no PRM took part.
@@ -44,5 +48,5 @@ def all_aggregates(answers: Sequence[Hashable], scores: Sequence[tuple[float, ..
     return outcomes
 
 
-def _present(answers: Sequence[Hashable], weights: Sequence[float]) -> list[tuple[Hashable, float]]:
+def _present(answers: Sequence[A | None], weights: Sequence[float]) -> list[tuple[A, float]]:
     return [(answer, weight) for answer, weight in zip(answers, weights, strict=True) if answer is not None and answer != ""]
