@@ -137,7 +137,9 @@ def passes(copy: Path, *tests: str) -> bool:
 
 
 def build(copy: Path) -> None:
-    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"], cwd=copy, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"], cwd=copy, check=True, capture_output=True
+    )
 
 
 if __name__ == "__main__":

@@ -118,7 +118,6 @@ def train_policy(recipe: PolicyRecipe, directory: Path, log: Log = print) -> Non
     save_tokenizer(directory)
 
 
-
 def round_weights(model: torch.nn.Module) -> None:
     """Every parameter to the nearest bfloat16, which is what is saved."""
     with torch.no_grad():
