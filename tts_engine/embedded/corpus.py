@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..prm.spec import PRMSpec
-from ..tasks.programs import STEP_END, Program, draw_programs, solve, step_labels
+from ..tasks.programs import STEP_END, Program, draw_programs, parse_program, solve, statement_of, step_labels
 from .recipe import LEVEL_MIX
 
 IGNORE = -100
@@ -37,11 +37,11 @@ def solved_rows(tokenizer, seed: int) -> Iterator[tuple[list[int], list[int]]]:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """A solution, right or wrong, step by step without blank lines, with its exact labels."""
+    """A solution, right or wrong, step by step without blank lines, with its exact labels; None for a step not to learn from."""
 
     problem: str
     steps: tuple[str, ...]
-    labels: tuple[bool, ...]
+    labels: tuple[bool | None, ...]
 
 
 def labelled(program: Program, steps: Iterable[str]) -> Trajectory:
@@ -62,14 +62,47 @@ def corrupted_gold(seed: int) -> Iterator[Trajectory]:
         yield labelled(program, steps)
 
 
+def contrasted(trajectories: Iterable[Trajectory], seed: int) -> Iterator[Trajectory]:
+    """Each trajectory that goes wrong, and beside it what a flawless writer would have put from its first error on.
+
+    Both share the steps before, which are not learned from: how hard the operation is says nothing, only its result does.
+    Trajectories without an error, or whose first error states no value, pass by.
+    """
+    rng = random.Random(f"contrasted/{seed}")
+    for trajectory in trajectories:
+        if False not in trajectory.labels:
+            continue
+        first = trajectory.labels.index(False)
+        before, wrong = trajectory.steps[:first], statement_of(trajectory.steps[first])
+        stated = dict(statement for step in before if (statement := statement_of(step)))
+        if wrong is None or wrong[0] in stated:
+            continue
+        program = parse_program(trajectory.problem)
+        rest = solve(program, rng, stated)
+        corrected = [step for step in rest if step.startswith(f"{wrong[0]}=")]
+        if not corrected or not _readable(program, wrong[0], stated):
+            continue
+        following = [step for step in rest if step not in corrected]
+        nothing = (None,) * first
+        yield Trajectory(trajectory.problem, trajectory.steps, nothing + trajectory.labels[first:])
+        yield Trajectory(trajectory.problem, (*before, *corrected, *following), nothing + (True,) * len(rest))
+
+
+def _readable(program: Program, target: str, stated: dict[str, int]) -> bool:
+    """Whether the operation of `target` reads only what has been stated."""
+    [operation] = [o for o in program.operations if o.target == target]
+    return all(x in stated for x in (operation.left, operation.right) if isinstance(x, str))
+
+
 def labelled_rows(spec: PRMSpec, trajectories: Iterable[Trajectory]) -> Iterator[tuple[list[int], list[int]]]:
     """(input ids, targets): FIRST_ERROR, GOOD or LATER_ERROR where a step's score is read, IGNORE elsewhere."""
     for trajectory in trajectories:
         ids, positions = spec.render(trajectory.problem, trajectory.steps)
         targets, hope = [IGNORE] * len(ids), True
         for position, label in zip(positions, trajectory.labels, strict=True):
-            targets[position] = GOOD if label else FIRST_ERROR if hope else LATER_ERROR
-            hope = label
+            if label is not None:
+                targets[position] = GOOD if label else FIRST_ERROR if hope else LATER_ERROR
+                hope = label
         yield ids, targets
 
 

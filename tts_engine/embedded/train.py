@@ -26,6 +26,7 @@ from .corpus import (
     LATER_ERROR,
     Trajectory,
     batches,
+    contrasted,
     corrupted_gold,
     labelled,
     labelled_rows,
@@ -47,8 +48,8 @@ from .tokenizer import build_tokenizer, save_tokenizer
 
 Log = Callable[[str], None]
 
-# Each class of steps weighs the same in every batch, however rare; what follows a first error teaches little.
-CLASS_WEIGHTS = {FIRST_ERROR: 1.0, GOOD: 1.0, LATER_ERROR: 0.25}
+# Each class of steps weighs the same in every batch, however rare; what follows a first error teaches less.
+CLASS_WEIGHTS = {FIRST_ERROR: 1.0, GOOD: 1.0, LATER_ERROR: 0.5}
 
 
 def qwen2_config(recipe: PolicyRecipe, vocab_size: int):
@@ -248,5 +249,5 @@ def _make_prm(recipe: PRMRecipe, directory: Path, out: Path, work: Path, log: Lo
         for number, (policy, file) in enumerate(zip(SAMPLED_POLICIES, files, strict=True)):
             if not file.exists():
                 sample_trajectories(out / policy, file, seed=100 + number, log=log)
-        trajectories = sampled(files)
+        trajectories = contrasted(sampled(files), recipe.seed)
     train_prm(recipe, out / recipe.start, trajectories, directory, log)
