@@ -24,7 +24,7 @@ from . import BLOCK_SIZE, MODELS
 POLICIES = ("policy-s", "policy-m", "policy-l")
 PRMS = ("prm-good", "prm-poor")
 DRAWS = 64
-PRM_DRAWS = 4  # trajectories a problem whose steps the PRMs judge
+PRM_DRAWS = 8  # trajectories a problem whose steps the PRMs judge
 BINS = {"easy": (0.5, 1.01), "medium": (0.1, 0.5), "hard": (0.0, 0.1)}  # of a problem's own pass@1
 CONFIDENCE = 0.999  # of `check`
 BOOTSTRAPS = 400
@@ -74,12 +74,30 @@ def measure_policy(engine: Engine, problems: list[Problem]) -> dict[str, Figure]
     return figures
 
 
-def measure_prm(engine: Engine, problems: list[Problem]) -> Figure:
-    """How well scores tell first errors from the good steps before them: area under the ROC curve, resampled by problem."""
-    per_problem = [_judged(result) for result in engine.search(problems, BestOfN(n=PRM_DRAWS))]
+def measure_prm(engine: Engine, problems: list[Problem]) -> dict[str, Figure]:
+    """How well scores tell first errors from good steps: areas under the ROC curve, their errors by resampling problems.
+
+    "AUC" sets every first error against every good step, so a PRM that only knows which operations are hard does well in it;
+    "AUC, one operation" compares results of one and the same operation of one problem, which is what a search chooses among.
+    """
+    judged = [_judged(result) for result in engine.search(problems, BestOfN(n=PRM_DRAWS))]
+    everywhere = [[pair for pairs in by_operation.values() for pair in pairs] for by_operation in judged]
+    alike = np.array([np.sum([_wins(pairs) for pairs in by_operation.values()], axis=0) for by_operation in judged])
+
+    def whole(chosen: np.ndarray) -> float:
+        wins, pairs = _wins([pair for i in chosen for pair in everywhere[i]])
+        return wins / pairs
+
+    def one_operation(chosen: np.ndarray) -> float:
+        wins, pairs = alike[chosen].sum(axis=0)
+        return wins / pairs
+
     rng = np.random.default_rng(0)
-    resampled = [_auc([per_problem[i] for i in rng.integers(len(per_problem), size=len(per_problem))]) for _ in range(BOOTSTRAPS)]
-    return Figure(_auc(per_problem), float(np.std(resampled)))
+    samples = [rng.integers(len(judged), size=len(judged)) for _ in range(BOOTSTRAPS)]
+    return {
+        name: Figure(float(area(np.arange(len(judged)))), float(np.std([area(sample) for sample in samples])))
+        for name, area in (("AUC", whole), ("AUC, one operation", one_operation))
+    }
 
 
 def measure(models: Path, problems: list[Problem], log: Callable[[str], None] = print) -> dict[str, Figure]:
@@ -91,8 +109,9 @@ def measure(models: Path, problems: list[Problem], log: Callable[[str], None] = 
         log(f"{policy}: greedy {figures[f'{policy}: greedy']}, pass@1 {figures[f'{policy}: pass@1']}")
         for prm in PRMS:
             with Engine.from_pretrained(models / policy, models / prm, block_size=BLOCK_SIZE) as engine:
-                figures[f"{prm}: AUC on {policy}"] = figure = measure_prm(engine, problems)
-            log(f"{prm}: step AUC on samples of {policy} {figure}")
+                found = measure_prm(engine, problems)
+            figures |= {f"{prm} on {policy}: {name}": figure for name, figure in found.items()}
+            log(f"{prm} on samples of {policy}: step {', '.join(f'{name} {figure}' for name, figure in found.items())}")
     return figures
 
 
@@ -142,7 +161,7 @@ def ship_test(figures: dict[str, Figure]) -> list[tuple[str, float, bool]]:
         smallest = min(value(f"{policy}: bin {name}") for name in BINS)
         bets.append((f"{policy}: each pass@1 bin holds at least 15 % of problems", smallest, smallest >= 0.15))
     for policy in POLICIES:
-        auc = value(f"prm-good: AUC on {policy}")
+        auc = value(f"prm-good on {policy}: AUC")
         bets.append((f"prm-good step AUC on {policy} at least 85 %", auc, auc >= 0.85))
     return bets
 
@@ -156,7 +175,9 @@ def readme(figures: dict[str, Figure], num_problems: int, models: Path) -> str:
         "",
         "Made by `tts-engine embedded train` and measured by it; do not edit. The task: straight-line integer programs "
         "(`tts_engine/tasks/programs.py`), three levels of 2-3, 3-5 and 5-8 operations. Sizes, budgets and seeds: "
-        "`tts_engine/embedded/recipe.py`.",
+        "`tts_engine/embedded/recipe.py`. `prm-good` reads in the Qwen2.5-Math-PRM form and learned from arithmetic drill and then "
+        "from the first errors of policy-s and policy-m beside their corrections; `prm-poor`, in the Math-Shepherd form, from "
+        "level-1 solutions with one digit replaced: same size, same start, as many tokens.",
         "",
         f"Percent with 95 % intervals over {num_problems} calibration problems; draws at temperature 0.7.",
         "",
@@ -171,11 +192,18 @@ def readme(figures: dict[str, Figure], num_problems: int, models: Path) -> str:
     lines += ["", "Share of problems by the policy's own pass@1 (easy: 50 % and more, hard: below 10 %):", ""]
     lines += ["| policy | easy | medium | hard |", "|---|---|---|---|"]
     lines += [row(policy, *(str(figures[f"{policy}: bin {name}"]) for name in BINS)) for policy in POLICIES]
-    lines += ["", f"Step AUC of the PRMs (first errors against the good steps before them, {PRM_DRAWS} samples a problem):", ""]
-    lines += ["| PRM | parameters | " + " | ".join(f"on {policy}" for policy in POLICIES) + " |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        f"Step AUC of the PRMs, {PRM_DRAWS} samples a problem: first errors against all good steps, and against right results "
+        "of the same operation of the same problem only, where knowing which operations are hard does not help:",
+        "",
+        row("PRM", "parameters", "figure", *(f"on {policy}" for policy in POLICIES)),
+        "|---|---|---|---|---|---|",
+    ]
     for prm in PRMS:
-        size = _num_parameters(models / prm)
-        lines.append(row(prm, f"{size / 1e6:.2f} M", *(str(figures[f"{prm}: AUC on {policy}"]) for policy in POLICIES)))
+        weight = f"{_num_parameters(models / prm) / 1e6:.2f} M"
+        for name in ("AUC", "AUC, one operation"):
+            lines.append(row(prm, weight, name, *(str(figures[f"{prm} on {policy}: {name}"]) for policy in POLICIES)))
     lines += ["", "What was asked of them before they were trained (chosen on calibration problems only):", ""]
     lines += ["| asked | measured | holds |", "|---|---|---|"]
     lines += [row(asked, f"{100 * value:.1f}", "yes" if holds else "no") for asked, value, holds in ship_test(figures)]
@@ -186,29 +214,27 @@ def row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _judged(result: SearchResult) -> list[tuple[float, bool]]:
-    """(score, good) of the steps of each trajectory up to its first error."""
+def _judged(result: SearchResult) -> dict[str, list[tuple[float, bool]]]:
+    """(score, good) of the steps of each trajectory up to its first error, by what stands before the result."""
     program = result.problem.program
     assert program is not None, "only embedded problems can be judged step by step"
-    pairs = []
+    judged: dict[str, list[tuple[float, bool]]] = {}
     for branch in result.branches:
-        labels = step_labels(program, [step.text.strip() for step in branch.steps])
-        for score, good in zip(branch.scores, labels, strict=True):
+        texts = [step.text.strip() for step in branch.steps]
+        for text, score, good in zip(texts, branch.scores, step_labels(program, texts), strict=True):
             assert score is not None
-            pairs.append((score, good))
+            judged.setdefault(text.rpartition("=")[0], []).append((score, good))
             if not good:
                 break
-    return pairs
+    return judged
 
 
-def _auc(groups: list[list[tuple[float, bool]]]) -> float:
-    """The chance that a good step outscores a first error, ties counting half."""
-    pairs = [pair for group in groups for pair in group]
-    scores = np.array([score for score, _ in pairs])
-    good = np.array([label for _, label in pairs], bool)
-    ordered = np.sort(scores[~good])
-    wins = np.searchsorted(ordered, scores[good], "left") + np.searchsorted(ordered, scores[good], "right")
-    return float(wins.mean() / (2 * len(ordered)))
+def _wins(pairs: list[tuple[float, bool]]) -> tuple[float, int]:
+    """Pairs in which a good step outscores a first error, ties counting half, and all pairs of the two kinds."""
+    good = np.array([score for score, label in pairs if label])
+    bad = np.sort([score for score, label in pairs if not label])
+    below, not_above = (np.searchsorted(bad, good, side).sum() for side in ("left", "right"))
+    return float(below + not_above) / 2, len(good) * len(bad)
 
 
 def _num_parameters(directory: Path) -> int:

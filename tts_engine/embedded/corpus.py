@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..prm.spec import PRMSpec
-from ..tasks.programs import STEP_END, Program, draw_programs, parse_program, solve, statement_of, step_labels
+from ..tasks.programs import LIMIT, STEP_END, Program, apply, draw_programs, parse_program, solve, statement_of, step_labels
 from .recipe import LEVEL_MIX
 
 IGNORE = -100
@@ -47,6 +47,37 @@ class Trajectory:
 def labelled(program: Program, steps: Iterable[str]) -> Trajectory:
     steps = tuple(steps)
     return Trajectory(program.text, steps, tuple(step_labels(program, list(steps))))
+
+
+def arithmetic_drill(seed: int) -> Iterator[Trajectory]:
+    """Endless solutions of all levels in which every second result is wrong, each step labelled by its own arithmetic alone.
+
+    A curriculum for a verifier: several right and wrong results a row, whatever the operation, and what follows from a wrong
+    one is computed from it. These labels are not those of `step_labels`; what is learned last must be.
+    """
+    rng = random.Random(f"drill/{seed}")
+    for program in training_programs(seed):
+        values: dict[str, int] = {}
+        steps, labels = [], []
+        for operation in program.operations:
+            left, right = (values[x] if isinstance(x, str) else x for x in (operation.left, operation.right))
+            value = apply(left, operation.op, right)
+            if value is None or abs(value) > LIMIT:
+                break
+            stated = value if rng.random() < 0.5 else _slip(value, rng)
+            values[operation.target] = stated
+            steps.append(f"{operation.target}={left}{operation.op}{right}={stated}")
+            labels.append(stated == value)
+        if steps:
+            yield Trajectory(program.text, tuple(steps), tuple(labels))
+
+
+def _slip(value: int, rng: random.Random) -> int:
+    """Another number a small mistake away: a digit, a carry or the sign."""
+    place = 10 ** rng.randrange(len(str(abs(value))))
+    slips = [value + place, value - place, value + rng.randint(2, 8) * place * rng.choice((-1, 1)), -value]
+    slipped = rng.choices(slips, (4, 4, 4, 1))[0]
+    return slipped if slipped != value else value + place
 
 
 def corrupted_gold(seed: int) -> Iterator[Trajectory]:

@@ -25,6 +25,7 @@ from .corpus import (
     IGNORE,
     LATER_ERROR,
     Trajectory,
+    arithmetic_drill,
     batches,
     contrasted,
     corrupted_gold,
@@ -35,6 +36,7 @@ from .corpus import (
 )
 from .recipe import (
     BATCH_TOKENS,
+    DRILL,
     POLICIES,
     PRMS,
     SAMPLED_DRAWS,
@@ -126,8 +128,13 @@ def round_weights(model: torch.nn.Module) -> None:
             parameter.copy_(parameter.to(torch.bfloat16))
 
 
-def train_prm(recipe: PRMRecipe, start: Path, trajectories: Iterable[Trajectory], directory: Path, log: Log = print) -> None:
-    """Train one PRM from the policy in `start` and save it in its family's form; classes weigh alike however rare they are."""
+def train_prm(
+    recipe: PRMRecipe, start: Path, legs: Sequence[tuple[int, Iterable[Trajectory]]], directory: Path, log: Log = print
+) -> None:
+    """Train one PRM from the policy in `start`, leg by leg of so many tokens of trajectories, and save it in its family's form.
+
+    Classes of steps weigh alike however rare they are.
+    """
     from transformers import Qwen2ForCausalLM
 
     save_tokenizer(directory)
@@ -153,8 +160,9 @@ def train_prm(recipe: PRMRecipe, start: Path, trajectories: Iterable[Trajectory]
         share = [losses[kinds == kind].mean() * weight for kind, weight in CLASS_WEIGHTS.items() if (kinds == kind).any()]
         return torch.stack(share).sum()
 
-    stream = batches(labelled_rows(spec, trajectories), batch_tokens=BATCH_TOKENS, total_tokens=recipe.tokens, seed=recipe.seed)
-    fit(step_loss, parameters, stream, total_tokens=recipe.tokens, learning_rate=recipe.learning_rate, name=recipe.name, log=log)
+    for tokens, trajectories in legs:
+        stream = batches(labelled_rows(spec, trajectories), batch_tokens=BATCH_TOKENS, total_tokens=tokens, seed=recipe.seed)
+        fit(step_loss, parameters, stream, total_tokens=tokens, learning_rate=recipe.learning_rate, name=recipe.name, log=log)
     model.bfloat16()
     if two_class:
         tensors = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}
@@ -243,11 +251,12 @@ def _make_prm(recipe: PRMRecipe, directory: Path, out: Path, work: Path, log: Lo
     while not (out / recipe.start).exists():  # the other lane makes it
         time.sleep(1)
     if recipe.trained_on == "corrupted gold":
-        trajectories = corrupted_gold(recipe.seed)
+        legs = [(recipe.tokens, corrupted_gold(recipe.seed))]
     else:
         files = [work / f"{policy}.jsonl" for policy in SAMPLED_POLICIES]
         for number, (policy, file) in enumerate(zip(SAMPLED_POLICIES, files, strict=True)):
             if not file.exists():
                 sample_trajectories(out / policy, file, seed=100 + number, log=log)
-        trajectories = contrasted(sampled(files), recipe.seed)
-    train_prm(recipe, out / recipe.start, trajectories, directory, log)
+        drilled = int(DRILL * recipe.tokens)
+        legs = [(drilled, arithmetic_drill(recipe.seed)), (recipe.tokens - drilled, contrasted(sampled(files), recipe.seed))]
+    train_prm(recipe, out / recipe.start, legs, directory, log)
