@@ -11,10 +11,9 @@ from tts_engine.embedded.corpus import (
     LATER_ERROR,
     Trajectory,
     batches,
-    contrasted,
     corrupted_gold,
     labelled_rows,
-    solved_rows,
+    solved_rows,  # fmt: skip
     training_programs,
 )
 from tts_engine.embedded.tokenizer import build_tokenizer
@@ -65,25 +64,3 @@ def test_batches_hold_every_row_padded_and_stop_at_the_budget():
         seen += ids[:, 0].tolist()
         spent += real
     assert len(seen) == len(set(seen)) and 6000 <= spent < 6000 + 256
-
-
-def test_a_first_error_is_set_beside_its_correction_and_the_shared_steps_are_not_learned_from():
-    problem = "a=47+38;b=6*9;c=a-b;d=c*7;d?"
-    wrong = Trajectory(problem, ("b=6*9=54", "a=47+38=95", "c=95-54=41", "\\boxed{41}"), (True, False, False, False))
-    right = Trajectory(problem, ("a=47+38=85",), (True,))
-    one, other = contrasted([right, wrong], seed=0)
-    assert (one.steps, one.labels) == (wrong.steps, (None, False, False, False))
-    assert other.steps == ("b=6*9=54", "a=47+38=85", "c=85-54=31", "d=31*7=217", "\\boxed{217}")
-    assert other.labels == (None, True, True, True, True)
-
-
-def test_errors_that_state_nothing_have_no_correction():
-    problem = "a=47+38;b=a-9;b?"
-    for steps in (
-        ("a=47+38=85", "nonsense"),
-        ("a=47+38=85", "a=47+38=85"),
-        ("b=85-9=75",),
-        ("a=47+38=85", "b=85-9=76", "\\boxed{7}"),
-    ):
-        labels = (True,) * (len(steps) - 1) + (False,)
-        assert not list(contrasted([Trajectory(problem, steps, labels)], seed=0))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..prm.spec import PRMSpec
-from ..tasks.programs import LIMIT, STEP_END, Program, apply, draw_programs, parse_program, solve, statement_of, step_labels
+from ..tasks.programs import STEP_END, Program, draw_programs, solve, step_labels
 from .recipe import LEVEL_MIX
 
 IGNORE = -100
@@ -37,47 +37,16 @@ def solved_rows(tokenizer, seed: int) -> Iterator[tuple[list[int], list[int]]]:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """A solution, right or wrong, step by step without blank lines, with its exact labels; None for a step not to learn from."""
+    """A solution, right or wrong, step by step without blank lines, with its exact labels."""
 
     problem: str
     steps: tuple[str, ...]
-    labels: tuple[bool | None, ...]
+    labels: tuple[bool, ...]
 
 
 def labelled(program: Program, steps: Iterable[str]) -> Trajectory:
     steps = tuple(steps)
     return Trajectory(program.text, steps, tuple(step_labels(program, list(steps))))
-
-
-def arithmetic_drill(seed: int) -> Iterator[Trajectory]:
-    """Endless solutions of all levels in which every second result is wrong, each step labelled by its own arithmetic alone.
-
-    A curriculum for a verifier: several right and wrong results a row, whatever the operation, and what follows from a wrong
-    one is computed from it. These labels are not those of `step_labels`; what is learned last must be.
-    """
-    rng = random.Random(f"drill/{seed}")
-    for program in training_programs(seed):
-        values: dict[str, int] = {}
-        steps, labels = [], []
-        for operation in program.operations:
-            left, right = (values[x] if isinstance(x, str) else x for x in (operation.left, operation.right))
-            value = apply(left, operation.op, right)
-            if value is None or abs(value) > LIMIT:
-                break
-            stated = value if rng.random() < 0.5 else _slip(value, rng)
-            values[operation.target] = stated
-            steps.append(f"{operation.target}={left}{operation.op}{right}={stated}")
-            labels.append(stated == value)
-        if steps:
-            yield Trajectory(program.text, tuple(steps), tuple(labels))
-
-
-def _slip(value: int, rng: random.Random) -> int:
-    """Another number a small mistake away: a digit, a carry or the sign."""
-    place = 10 ** rng.randrange(len(str(abs(value))))
-    slips = [value + place, value - place, value + rng.randint(2, 8) * place * rng.choice((-1, 1)), -value]
-    slipped = rng.choices(slips, (4, 4, 4, 1))[0]
-    return slipped if slipped != value else value + place
 
 
 def corrupted_gold(seed: int) -> Iterator[Trajectory]:
@@ -93,47 +62,14 @@ def corrupted_gold(seed: int) -> Iterator[Trajectory]:
         yield labelled(program, steps)
 
 
-def contrasted(trajectories: Iterable[Trajectory], seed: int) -> Iterator[Trajectory]:
-    """Each trajectory that goes wrong, and beside it what a flawless writer would have put from its first error on.
-
-    Both share the steps before, which are not learned from: how hard the operation is says nothing, only its result does.
-    Trajectories without an error, or whose first error states no value, pass by.
-    """
-    rng = random.Random(f"contrasted/{seed}")
-    for trajectory in trajectories:
-        if False not in trajectory.labels:
-            continue
-        first = trajectory.labels.index(False)
-        before, wrong = trajectory.steps[:first], statement_of(trajectory.steps[first])
-        stated = dict(statement for step in before if (statement := statement_of(step)))
-        if wrong is None or wrong[0] in stated:
-            continue
-        program = parse_program(trajectory.problem)
-        rest = solve(program, rng, stated)
-        corrected = [step for step in rest if step.startswith(f"{wrong[0]}=")]
-        if not corrected or not _readable(program, wrong[0], stated):
-            continue
-        following = [step for step in rest if step not in corrected]
-        nothing = (None,) * first
-        yield Trajectory(trajectory.problem, trajectory.steps, nothing + trajectory.labels[first:])
-        yield Trajectory(trajectory.problem, (*before, *corrected, *following), nothing + (True,) * len(rest))
-
-
-def _readable(program: Program, target: str, stated: dict[str, int]) -> bool:
-    """Whether the operation of `target` reads only what has been stated."""
-    [operation] = [o for o in program.operations if o.target == target]
-    return all(x in stated for x in (operation.left, operation.right) if isinstance(x, str))
-
-
 def labelled_rows(spec: PRMSpec, trajectories: Iterable[Trajectory]) -> Iterator[tuple[list[int], list[int]]]:
     """(input ids, targets): FIRST_ERROR, GOOD or LATER_ERROR where a step's score is read, IGNORE elsewhere."""
     for trajectory in trajectories:
         ids, positions = spec.render(trajectory.problem, trajectory.steps)
         targets, hope = [IGNORE] * len(ids), True
         for position, label in zip(positions, trajectory.labels, strict=True):
-            if label is not None:
-                targets[position] = GOOD if label else FIRST_ERROR if hope else LATER_ERROR
-                hope = label
+            targets[position] = GOOD if label else FIRST_ERROR if hope else LATER_ERROR
+            hope = label
         yield ids, targets
 
 

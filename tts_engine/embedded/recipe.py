@@ -49,7 +49,6 @@ PRMS = {
         PRMRecipe(name="prm-poor", family="math-shepherd", trained_on="corrupted gold", tokens=5_000_000, seed=5),
     )
 }
-DRILL = 0.7  # of the good PRM's tokens go into arithmetic, the rest into the policies' own first errors
 SAMPLED_POLICIES = ("policy-s", "policy-m")  # whose solutions the good PRM learns from
 SAMPLED_PROGRAMS, SAMPLED_DRAWS, SAMPLED_TEMPERATURE = 6000, 4, 0.8
 LEVEL_MIX = {1: 1, 2: 1, 3: 1}  # relative frequency of levels among training problems

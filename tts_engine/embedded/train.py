@@ -25,9 +25,7 @@ from .corpus import (
     IGNORE,
     LATER_ERROR,
     Trajectory,
-    arithmetic_drill,
     batches,
-    contrasted,
     corrupted_gold,
     labelled,
     labelled_rows,
@@ -36,7 +34,6 @@ from .corpus import (
 )
 from .recipe import (
     BATCH_TOKENS,
-    DRILL,
     POLICIES,
     PRMS,
     SAMPLED_DRAWS,
@@ -50,8 +47,8 @@ from .tokenizer import build_tokenizer, save_tokenizer
 
 Log = Callable[[str], None]
 
-# Each class of steps weighs the same in every batch, however rare; what follows a first error teaches less.
-CLASS_WEIGHTS = {FIRST_ERROR: 1.0, GOOD: 1.0, LATER_ERROR: 0.5}
+# Each class of steps weighs the same in every batch, however rare; what follows a first error teaches little.
+CLASS_WEIGHTS = {FIRST_ERROR: 1.0, GOOD: 1.0, LATER_ERROR: 0.25}
 
 
 def qwen2_config(recipe: PolicyRecipe, vocab_size: int):
@@ -128,13 +125,8 @@ def round_weights(model: torch.nn.Module) -> None:
             parameter.copy_(parameter.to(torch.bfloat16))
 
 
-def train_prm(
-    recipe: PRMRecipe, start: Path, legs: Sequence[tuple[int, Iterable[Trajectory]]], directory: Path, log: Log = print
-) -> None:
-    """Train one PRM from the policy in `start`, leg by leg of so many tokens of trajectories, and save it in its family's form.
-
-    Classes of steps weigh alike however rare they are.
-    """
+def train_prm(recipe: PRMRecipe, start: Path, trajectories: Iterable[Trajectory], directory: Path, log: Log = print) -> None:
+    """Train one PRM from the policy in `start` and save it in its family's form; classes weigh alike however rare they are."""
     from transformers import Qwen2ForCausalLM
 
     save_tokenizer(directory)
@@ -160,9 +152,8 @@ def train_prm(
         share = [losses[kinds == kind].mean() * weight for kind, weight in CLASS_WEIGHTS.items() if (kinds == kind).any()]
         return torch.stack(share).sum()
 
-    for tokens, trajectories in legs:
-        stream = batches(labelled_rows(spec, trajectories), batch_tokens=BATCH_TOKENS, total_tokens=tokens, seed=recipe.seed)
-        fit(step_loss, parameters, stream, total_tokens=tokens, learning_rate=recipe.learning_rate, name=recipe.name, log=log)
+    stream = batches(labelled_rows(spec, trajectories), batch_tokens=BATCH_TOKENS, total_tokens=recipe.tokens, seed=recipe.seed)
+    fit(step_loss, parameters, stream, total_tokens=recipe.tokens, learning_rate=recipe.learning_rate, name=recipe.name, log=log)
     model.bfloat16()
     if two_class:
         tensors = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}
@@ -251,12 +242,11 @@ def _make_prm(recipe: PRMRecipe, directory: Path, out: Path, work: Path, log: Lo
     while not (out / recipe.start).exists():  # the other lane makes it
         time.sleep(1)
     if recipe.trained_on == "corrupted gold":
-        legs = [(recipe.tokens, corrupted_gold(recipe.seed))]
+        trajectories = corrupted_gold(recipe.seed)
     else:
         files = [work / f"{policy}.jsonl" for policy in SAMPLED_POLICIES]
         for number, (policy, file) in enumerate(zip(SAMPLED_POLICIES, files, strict=True)):
             if not file.exists():
                 sample_trajectories(out / policy, file, seed=100 + number, log=log)
-        drilled = int(DRILL * recipe.tokens)
-        legs = [(drilled, arithmetic_drill(recipe.seed)), (recipe.tokens - drilled, contrasted(sampled(files), recipe.seed))]
-    train_prm(recipe, out / recipe.start, legs, directory, log)
+        trajectories = sampled(files)
+    train_prm(recipe, out / recipe.start, trajectories, directory, log)

@@ -19,7 +19,6 @@ HASH_RANGES = {"test": (0, 10), "calibration": (10, 20), "prm_dev": (20, 30), "t
 SPLIT_SIZES = {"test": 600, "calibration": 600, "prm_dev": 1000}
 
 _STEP = re.compile(r"([a-h])=(-?\d{1,6})([-+*/%])(-?\d{1,6})=(-?\d{1,6})")
-_LINE = re.compile(r"([a-h])=([a-h]|\d{1,6})([-+*/%])([a-h]|\d{1,6})")
 _BOXED = re.compile(r"\\boxed\{(-?\d{1,6})\}")
 
 
@@ -85,37 +84,19 @@ def apply(left: int, op: str, right: int) -> int | None:
     return left // right if op == "/" else left % right
 
 
-def parse_program(text: str) -> Program:
-    """The program of a problem's text; its level is 0, which the text does not tell. ValueError for any other text."""
-    *lines, question = text.split(";")
-    found = [_LINE.fullmatch(line) for line in lines]
-    if not lines or None in found or question != f"{lines[-1][0]}?":
-        raise ValueError(f"{text!r} is no program")
-
-    def operand(text: str) -> str | int:
-        return text if text.isalpha() else int(text)
-
-    return Program(tuple(Operation(m[1], operand(m[2]), m[3], operand(m[4])) for m in found if m), 0)
-
-
-def solve(program: Program, rng: random.Random, stated: dict[str, int] | None = None) -> list[str]:
-    """A correct solution as step texts (without the blank lines between them), in a random valid order.
-
-    With `stated`, its rest: what is stated is taken as it is, and the answer is what follows from it.
-    """
-    values = dict(stated or {})
-    pending = [o for o in program.operations if o.target not in values]
-    final = _finish(program.operations, values)
-    assert final is not None, "what is stated divides by zero"
+def solve(program: Program, rng: random.Random) -> list[str]:
+    """One correct solution as step texts (without the blank lines between them), in a random valid order."""
+    pending = list(program.operations)
+    values: dict[str, int] = {}
     steps = []
     while pending:
         ready = [o for o in pending if all(x in values for x in (o.left, o.right) if isinstance(x, str))]
         chosen = ready[rng.randrange(len(ready))]
         pending.remove(chosen)
         left, right = (values[x] if isinstance(x, str) else x for x in (chosen.left, chosen.right))
-        values[chosen.target] = final[chosen.target]
+        values[chosen.target] = program.values[chosen.target]
         steps.append(f"{chosen.target}={left}{chosen.op}{right}={values[chosen.target]}")
-    return [*steps, rf"\boxed{{{final[program.operations[-1].target]}}}"]
+    return [*steps, rf"\boxed{{{program.answer}}}"]
 
 
 def step_labels(program: Program, steps: list[str]) -> list[bool]:
@@ -130,22 +111,16 @@ def step_labels(program: Program, steps: list[str]) -> list[bool]:
         if labels and not labels[-1]:
             labels.append(False)  # what is stated stays stated: hope never comes back
             continue
-        boxed, statement = _BOXED.fullmatch(step), statement_of(step)
+        boxed, line = _BOXED.fullmatch(step), _STEP.fullmatch(step)
         if boxed:
             labels.append(int(boxed[1]) == program.answer)
-        elif statement and statement[0] in by_target and statement[0] not in stated and _known(by_target[statement[0]], stated):
-            stated[statement[0]] = statement[1]
+        elif line and line[1] in by_target and line[1] not in stated and _known(by_target[line[1]], stated):
+            stated[line[1]] = int(line[5])
             final = _finish(program.operations, stated)
             labels.append(final is not None and final[program.operations[-1].target] == program.answer)
         else:
             labels.append(False)
     return labels
-
-
-def statement_of(step: str) -> tuple[str, int] | None:
-    """The target and the value that a step states, None where it is no such step."""
-    line = _STEP.fullmatch(step)
-    return (line[1], int(line[5])) if line else None
 
 
 def draw_program(level: int, rng: random.Random) -> Program:
