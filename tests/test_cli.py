@@ -193,7 +193,8 @@ def test_solve_with_the_models_that_ship(run):
     code, out, _ = run("solve", "a=7+5;b=a-4;b?", "--json")
     record = json.loads(out.splitlines()[-1])
     assert code == 0 and record["method"]["name"] == "beam" and record["method"]["n"] == 16
-    code, out, _ = run("solve", "a=47+38;b=6*9;c=a-b;d=c*7;d?", "--policy", "policy-l", "--method", "majority", "--n", "8", "--json")
+    asked = ["--policy", "policy-l", "--method", "majority", "--n", "8", "--json"]
+    code, out, _ = run("solve", "a=47+38;b=6*9;c=a-b;d=c*7;d?", *asked)
     assert code == 0 and json.loads(out.splitlines()[-1])["answer"] == "217"
 
 
