@@ -45,7 +45,7 @@ FAULTS = [
           "PinGuard guard(*this, parent);", "PinGuard guard(*this, kNone);",
           "tests/kv/test_tree.py::test_an_idle_parent_survives_the_room_made_for_its_child"),
     Fault("the newest node evicted first", "csrc/kv_tree.cpp",
-          "const int64_t handle = evictable_.begin()->second;", "const int64_t handle = std::prev(evictable_.end())->second;",
+          "node.last_use = ++clock_;", "node.last_use = -++clock_;",
           "tests/kv/test_tree.py::test_eviction_goes_leaf_first_and_oldest_first"),
     Fault("a score stored on the sibling", "tts_engine/prm/scorer.py",
           "self._answer(reading, [scores.get(node) for node in nodes])", "self._answer(reading, [scores.get(node) for node in taken[0][1]])",
