@@ -11,6 +11,8 @@ def test_majority_counts_and_ties_go_to_the_answer_seen_first():
 def test_a_vote_sums_weights_within_each_answer():
     # 5: 0.6; 4: 0.35 + 0.3 = 0.65
     assert vote(["5", "4", "4"], [0.6, 0.35, 0.3]) == "4"
+    # 5: 0.7; 4: 0.35 + 0.3 = 0.65, however many they are
+    assert vote(["5", "4", "4"], [0.7, 0.35, 0.3]) == "5"
     assert best(["5", "4", "4"], [0.6, 0.35, 0.3]) == "5"
 
 
