@@ -170,7 +170,6 @@ class Policy:
         """Admit what fits, run one forward, draw one token a row, close the steps that ended."""
         batch = self._admit()
         decoding = self._active
-        node_runs = len(batch.handles)
         read_ends = np.cumsum([len(t) for t in batch.tokens], dtype=np.int64) - 1
         last = self._tokens[decoding, self._length[decoding] - 1]
         segments = Segments(
@@ -188,9 +187,9 @@ class Policy:
         except BaseException:
             self._send_back(batch)
             raise
-        for run in range(node_runs):
-            if not batch.is_lease[run]:
-                self.runner.tree.set_computed(batch.handles[run], batch.starts[run] + len(batch.tokens[run]))
+        for node, is_lease, start, new in zip(batch.handles, batch.is_lease, batch.starts, batch.tokens, strict=True):
+            if not is_lease:
+                self.runner.tree.set_computed(node, start + len(new))
         logits = self.runner.decoder.logits(hidden)
         self._seat(batch)
         head_of = {run: i for i, run in enumerate(runs)}

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
+from ..prm.families import QWEN_MARKER, SHEPHERD_TAG
+from ..tasks.programs import STEP_END
+
 END = "<|endoftext|>"
 PAD = "<|pad|>"
-QWEN_MARKER = "<extra_0>"  # where the Qwen2.5-Math-PRM form reads its score
-SHEPHERD_TAG = "ки"  # where the Math-Shepherd form does
-STEP_END = "\n\n"
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz+-*/%=;?{}\\ .,:()\n"
 
 # A turn is its text and a line end; there are no roles to tell apart, and a system prompt has nothing to say here.
