@@ -1,5 +1,7 @@
 """Where a step ends, and what a policy draws against transformers and the definition of sampling."""
 
+import random
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +16,7 @@ from tts_engine.branch import Finish, root_branch
 from tts_engine.ledger import PolicyLedger
 from tts_engine.models.tokenizer import load_tokenizer, token_bytes
 from tts_engine.models.weights import load_decoder
-from tts_engine.policy import DrawContext, Limits, Policy, StepRule
+from tts_engine.policy import CLOSED, NO_TEXT, STEP_MARKERS, DrawContext, Limits, Policy, StepRule
 from tts_engine.runner import ModelRunner
 from tts_engine.sampling import Sampling, gumbel, philox_key, sample
 from tts_engine.search import Cot, Driver, Majority
@@ -24,9 +26,10 @@ from tts_engine.testing import chain_policy, check_blocks, draw_all, random_poli
 PROMPT = tuple(range(20, 37))  # 17 tokens: four blocks of 4 and one token
 
 
-def written(pieces: list[bytes], ends: tuple[int, ...] = (), **limits: int) -> list[tuple[str, Finish | None]]:
+def written(pieces: list[bytes], ends: tuple[int, ...] = (), mode: str = "blank-line", **limits: int):
     """(text, finish) of each step that a policy writes after piece 0, until it ends."""
     policy = chain_policy([b"?", *pieces], ends=ends)
+    policy.rule = StepRule([b"?", *pieces], ends, len(policy.rule.eos), mode)
     drawn = draw_all(policy, Cot(max_steps=limits.pop("max_steps", 8)).program(root_branch([0])), 1, max_steps=8, **limits)
     return [(step.text, step.finish) for step in drawn.branches[0].steps]
 
@@ -95,22 +98,85 @@ def test_a_character_across_tokens_is_one_character_of_the_step():
     assert written([b"\xe2\x82", b"\xac", b"$"], ends=(3,)) == [("€$", Finish.EOS)]
 
 
-byte_tokens = st.lists(st.lists(st.sampled_from([b"a", b"\n", b" ", b"\xac"]), max_size=5).map(b"".join), min_size=1, max_size=12)
+@pytest.mark.parametrize(
+    ("mode", "steps"),
+    [
+        ("blank-line", ["Hm.\n\n\n", "## Step 1: a\nStep 12: b$"]),
+        ("header", ["Hm.\n\n\n## Step", " 1: a\nStep 12: b$"]),
+        ("numbered", ["Hm.\n\n\n## Step 1: a\nStep 12:", " b$"]),
+    ],
+)
+def test_a_header_is_the_end_of_the_step_before_it(mode, steps):
+    pieces = [b"H", b"m.\n", b"\n\n", b"##", b" Step", b" 1: a\n", b"Step", b" ", b"12", b":", b" b", b"$"]
+    out = written(pieces, ends=(12,), mode=mode)
+    assert [text for text, _ in out] == steps
+    assert [finish for _, finish in out] == [*[None] * (len(steps) - 1), Finish.EOS]
 
 
-@settings(max_examples=200, deadline=None)
-@given(pieces=byte_tokens)
-@example(pieces=[b"a\n", b"", b"", b"\n"])
-@example(pieces=[b"\n", b"\na\n", b"\n"])
-def test_the_step_rule_is_the_first_blank_line_after_text_in_the_bytes_so_far(pieces):
-    rule = StepRule(pieces, [], len(pieces) + 3)
-    has_text, ends_line = np.zeros(1, bool), np.zeros(1, bool)
-    for token in range(len(pieces)):
-        closed, has_text, ends_line = rule.advance(np.array([token]), has_text, ends_line)
-        ref = b"\n\n" in b"".join(pieces[: token + 1]).lstrip()
-        assert closed[0] == ref
-        if ref:
-            break
+WHITE_SPACE = " \t\n\r\v\f"
+
+
+def closes(mode: str, text: str) -> bool:
+    """The definition: whether a step that says `text` is over, line by line."""
+    if mode == "blank-line":
+        return "\n\n" in text.lstrip(WHITE_SPACE)
+    header = {"header": "## Step", "numbered": "Step [0-9]+:"}[mode]
+    lines = text.split("\n")
+    return any(re.match(header, line) and "".join(lines[:i]).strip(WHITE_SPACE) for i, line in enumerate(lines))
+
+
+def assert_closes_as_defined(rule: StepRule, mode: str, tokens: list[int]) -> bool:
+    """The rule closes with the token that the definition says, the state resting from there on; whether there is one."""
+    states = np.full(1, NO_TEXT, np.uint8)
+    for i, token in enumerate(tokens):
+        states = rule.advance(np.array([token]), states)
+        ref = closes(mode, b"".join(rule.token_bytes[t] for t in tokens[: i + 1]).decode("utf-8", "replace"))
+        assert (states[0] == CLOSED) == ref, (mode, [rule.token_bytes[t] for t in tokens[: i + 1]])
+    return ref
+
+
+PARTS = [b"a", b"\n", b" ", b"\xac", b"#", b"Step", b"S", b"t", b"e", b"p", b" 1", b"2", b":", b"## Step", b"\nStep 3"]
+byte_tokens = st.lists(st.lists(st.sampled_from(PARTS), max_size=5).map(b"".join), min_size=1, max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(pieces=byte_tokens, mode=st.sampled_from(sorted(STEP_MARKERS)))
+@example(pieces=[b"a\n", b"", b"", b"\n"], mode="blank-line")
+@example(pieces=[b"\n", b"\na\n", b"\n"], mode="blank-line")
+@example(pieces=[b"a\n#", b"\n## St", b"ep"], mode="header")
+@example(pieces=[b"a\nStep 1", b"2", b"\nStep ", b"34", b":"], mode="numbered")
+@example(pieces=[b"a\nStep ", b"\xb2:", b"\nStep :", b"1:"], mode="numbered")
+def test_a_step_closes_where_the_bytes_so_far_hold_the_marker_behind_text(pieces, mode):
+    assert_closes_as_defined(StepRule(pieces, [], len(pieces) + 3, mode), mode, list(range(len(pieces))))
+
+
+def cut_at_random(text: bytes, id_of: dict[bytes, int], rng: random.Random) -> list[int]:
+    """Some ids of the vocabulary that say `text`: hardly ever those that the tokenizer would choose."""
+    ids = []
+    while text:
+        length = rng.choice([n for n in range(1, 17) if text[:n] in id_of])
+        ids.append(id_of[text[:length]])
+        text = text[length:]
+    return ids
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "llama-3.1", "mistral-7b-v0.1"])
+def test_steps_close_alike_however_real_vocabularies_cut_the_text(shared, name):
+    if not (shared / "tokenizers" / name).is_dir():
+        pytest.skip(f"needs the tokenizer of {name}")
+    tokenizer = load_tokenizer(shared / "tokenizers" / name)
+    table, rng = token_bytes(tokenizer), random.Random(41)
+    id_of = {piece: i for i, piece in enumerate(table) if piece}
+    closed = dict.fromkeys(STEP_MARKERS, 0)
+    parts = "\n|\n|\n\n|\n## Step|## Step|\nStep 4:|\nStep |Step|#| |7|12:|:|Let x|\u00bd|\u6f22|\u00a0|.\r\n".split("|")
+    for _ in range(150):
+        text = "".join(rng.choices(parts, k=rng.randint(1, 14)))
+        for ids in (cut_at_random(text.encode(), id_of, rng), tokenizer(text, add_special_tokens=False)["input_ids"]):
+            used = sorted(set(ids))
+            for mode in STEP_MARKERS:
+                rule = StepRule([table[i] for i in used], [], len(used), mode)
+                closed[mode] += assert_closes_as_defined(rule, mode, [used.index(i) for i in ids])
+    assert min(closed.values()) > 10
 
 
 def test_ids_beyond_the_tokenizer_add_nothing():
