@@ -127,7 +127,8 @@ LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "l
 
 
 def random_model(family: str, *, seed: int = 0, **sizes: Any) -> Any:
-    """A transformers model of the family ("llama" or "qwen2"), float32, seeded, with every tensor random, biases and norms too.
+    """A transformers model of the family ("llama", "mistral", "qwen2" or "qwen3"), float32, seeded, with every tensor random,
+    biases and norms too.
 
     sizes: fields of the family's config that should differ from a tiny one's.
     """
@@ -135,7 +136,9 @@ def random_model(family: str, *, seed: int = 0, **sizes: Any) -> Any:
     import transformers
 
     classes = {"llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-               "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM)}  # fmt: skip
+               "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+               "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+               "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM)}  # fmt: skip
     config_class, model_class = classes[family]
     tiny = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False}  # fmt: skip

@@ -1,6 +1,6 @@
 import pytest
 
-from tts_engine.attention import make_backend
+from tts_engine.attention import BACKENDS, make_backend, refuse_windows
 from tts_engine.errors import EngineError
 
 
@@ -12,3 +12,15 @@ def test_make_backend_knows_its_backends_by_name(name):
 def test_an_unknown_backend_is_named_with_the_known_ones():
     with pytest.raises(EngineError, match=r"'flash'.*per_branch, reference"):
         make_backend("flash")
+
+
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+def test_a_window_is_refused_by_name_by_backends_without_it(name):
+    backend = make_backend(name)
+    refuse_windows(backend, (None, None), "some/model")
+    if backend.has_windows:
+        refuse_windows(backend, (None, 4096), "some/model")
+        return
+    words = f"some/model .* sliding window of 4096 tokens, which attention backend '{name}' does not have: use reference"
+    with pytest.raises(EngineError, match=words):
+        refuse_windows(backend, (None, 4096), "some/model")

@@ -17,11 +17,11 @@ def poisoned(num_slots, kv_heads, dim, dtype=torch.float32):
     return cache
 
 
-def attend_all(backend, slots, new, q, k, v, cache):
+def attend_all(backend, slots, new, q, k, v, cache, window=None):
     """Tokens of all paths share k, v [slots, K, D] and q [slots, H, D], indexed by slot."""
     layout = flat_layout(slots, new)
     at = torch.from_numpy(layout.write_slots)
-    return backend.run(q[at], k[at], v[at], cache, 1, backend.plan(layout)), at
+    return backend.run(q[at], k[at], v[at], cache, 1, backend.plan(layout), window), at
 
 
 def softmax_attention(q, k, v):
@@ -32,13 +32,15 @@ def softmax_attention(q, k, v):
     return torch.einsum("hc,chd->hd", weights, v)
 
 
+@pytest.mark.parametrize("window", [None, 1, 5, 22, 23])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(3, 3, 8), (6, 2, 10), (7, 1, 32), (12, 2, 6)])
-def test_reference_is_softmax_of_scaled_scores_times_values(heads, kv_heads, dim):
+def test_reference_is_softmax_of_scaled_scores_times_values(heads, kv_heads, dim, window):
     gen = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(64, n, dim, generator=gen) for n in (heads, kv_heads, kv_heads))
     path = random.Random(0).sample(range(64), 23)
-    out, _ = attend_all(make_backend("reference"), [path], [23], q, k, v, poisoned(64, kv_heads, dim))
-    ref = torch.stack([softmax_attention(q[path[i]], k[path[: i + 1]], v[path[: i + 1]]) for i in range(23)])
+    out, _ = attend_all(make_backend("reference"), [path], [23], q, k, v, poisoned(64, kv_heads, dim), window)
+    seen = [path[max(0, i + 1 - (window or 23)) : i + 1] for i in range(23)]
+    ref = torch.stack([softmax_attention(q[path[i]], k[seen[i]], v[seen[i]]) for i in range(23)])
     assert (out - ref).abs().max() <= 1e-6 * ref.abs().max()
 
 

@@ -19,7 +19,14 @@ FAMILIES = [
     pytest.param("llama", {"rope_parameters": LLAMA3_ROPE, "rms_norm_eps": 1e-5}, id="llama-untied"),
     pytest.param("qwen2", {"tie_word_embeddings": True}, id="qwen2-tied"),
     pytest.param("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, id="qwen2-untied"),
+    pytest.param("qwen3", {"head_dim": 10, "tie_word_embeddings": True}, id="qwen3-tied"),
 ]
+WINDOWS = [
+    pytest.param("mistral", {"sliding_window": 16}, id="mistral"),
+    pytest.param("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, id="qwen2-upper-layers"),
+    pytest.param("qwen3", {"use_sliding_window": True, "sliding_window": 1, "head_dim": 10,
+                           "layer_types": ["sliding_attention", "full_attention"]}, id="qwen3-listed-layers"),
+]  # fmt: skip
 
 
 def saved(tmp_path, family, **sizes):
@@ -52,13 +59,8 @@ def assert_near(out, ref, bound=1e-4):
     assert (out - ref).abs().max() <= bound * ref.abs().max()
 
 
-@pytest.mark.parametrize("backend", ["reference", "per_branch"])
-@pytest.mark.parametrize("heads", HEADS, ids=lambda h: f"group{h[0] // h[1]}")
-@pytest.mark.parametrize(("family", "flags"), FAMILIES)
-def test_logits_equal_transformers_in_one_go_and_token_by_token(tmp_path, family, flags, heads, backend):
-    num_heads, num_kv_heads = heads
-    model, directory = saved(tmp_path, family, num_attention_heads=num_heads, num_key_value_heads=num_kv_heads,
-                             hidden_size=num_heads * 6, **flags)  # fmt: skip
+def assert_equals_transformers(model, directory, backend):
+    """In one go and token by token."""
     decoder, attention = load_decoder(directory), make_backend(backend)
     lengths = [1, 17, 53]  # 53 is beyond the 32 positions from which llama3 scaling was stretched
     slots, tokens = paths(0, lengths, 97, 160)
@@ -79,6 +81,22 @@ def test_logits_equal_transformers_in_one_go_and_token_by_token(tmp_path, family
 
     assert_near(at_once, ref)
     assert_near(single, ref)
+
+
+@pytest.mark.parametrize("backend", ["reference", "per_branch"])
+@pytest.mark.parametrize("heads", HEADS, ids=lambda h: f"group{h[0] // h[1]}")
+@pytest.mark.parametrize(("family", "flags"), FAMILIES)
+def test_logits_equal_transformers_in_one_go_and_token_by_token(tmp_path, family, flags, heads, backend):
+    num_heads, num_kv_heads = heads
+    sizes = {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, "hidden_size": num_heads * 6}
+    assert_equals_transformers(*saved(tmp_path, family, **sizes, **flags), backend)
+
+
+@pytest.mark.parametrize(("family", "flags"), WINDOWS)
+def test_logits_within_sliding_windows_equal_transformers(tmp_path, family, flags):
+    model, directory = saved(tmp_path, family, **flags)
+    assert any(load_decoder(directory).spec.windows)
+    assert_equals_transformers(model, directory, "reference")
 
 
 def test_a_forked_path_reads_the_tokens_its_parent_writes_in_the_same_forward(tmp_path):
@@ -133,11 +151,15 @@ def test_rotary_tables_do_not_depend_on_the_order_in_which_they_grew(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("sizes", SIZES, ids=lambda s: f"d{s[0]}")
-def test_a_deterministic_row_has_the_same_bits_in_any_company(tmp_path, sizes, dtype, threads):
+@pytest.mark.parametrize(("family", "sizes", "flags"), [
+    *(pytest.param("qwen2", sizes, {}, id=f"qwen2-d{sizes[0]}") for sizes in SIZES),
+    pytest.param("qwen3", (128, 4, 2, 350), {"head_dim": 48}, id="qwen3"),
+    pytest.param("mistral", (128, 4, 2, 350), {"sliding_window": 13}, id="mistral"),
+])  # fmt: skip
+def test_a_deterministic_row_has_the_same_bits_in_any_company(tmp_path, family, sizes, flags, dtype, threads):
     hidden, heads, kv_heads, inner = sizes
-    _, directory = saved(tmp_path, "qwen2", hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=kv_heads,
-                         intermediate_size=inner, num_hidden_layers=2, vocab_size=301)  # fmt: skip
+    _, directory = saved(tmp_path, family, hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=kv_heads,
+                         intermediate_size=inner, num_hidden_layers=2, vocab_size=301, **flags)  # fmt: skip
     decoder, attention = load_decoder(directory, dtype=dtype, deterministic=True), make_backend("reference")
     lengths = [21, 3, 40, 17]
     slots, tokens = paths(4, lengths, 301, 100)

@@ -1,5 +1,7 @@
 """Attention over the KV tree: `base` says what a backend is, `reference` what it must compute."""
 
+from collections.abc import Iterable
+
 import torch
 
 from ..errors import EngineError
@@ -15,3 +17,12 @@ def make_backend(name: str, device: torch.device | str = "cpu") -> AttentionBack
     if name not in BACKENDS:
         raise EngineError(f"no attention backend {name!r}; known: {', '.join(sorted(BACKENDS))}")
     return BACKENDS[name](device)
+
+
+def refuse_windows(backend: AttentionBackend, windows: Iterable[int | None], model: str) -> None:
+    """Raise EngineError where a layer of `model` has a sliding window and the backend has none."""
+    window = next((w for w in windows if w is not None), None)
+    if window is not None and not backend.has_windows:
+        able = " or ".join(sorted(other.name for other in BACKENDS.values() if other.has_windows))
+        raise EngineError(f"{model} attends within a sliding window of {window} tokens, which attention backend {backend.name!r} "
+                          f"does not have: use {able}")  # fmt: skip

@@ -29,9 +29,13 @@ class AttentionBackend(Protocol):
     """`plan` is host work, once per forward; `run` is called once per layer with that plan."""
 
     name: str
+    has_windows: bool  # `run` takes a window
 
     def plan(self, layout: BatchLayout) -> Any: ...
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, plan: Any) -> Tensor:
-        """Write k, v [T, K, D] of the new tokens to their slots, then attend: q [T, H, D] -> out [T, H, D]. Scale 1/sqrt(D)."""
+    def run(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, plan: Any, window: int | None = None) -> Tensor:
+        """Write k, v [T, K, D] of the new tokens to their slots, then attend: q [T, H, D] -> out [T, H, D]. Scale 1/sqrt(D).
+
+        With a window a token sees the last `window` of its context only, itself among them.
+        """
         ...

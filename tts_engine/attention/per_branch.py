@@ -37,6 +37,7 @@ class _Plan:
 
 class PerBranchAttention:
     name = "per_branch"
+    has_windows = False
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = device
@@ -62,7 +63,8 @@ class PerBranchAttention:
             real=real,
         )
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, plan: _Plan) -> Tensor:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, plan: _Plan, window: int | None = None) -> Tensor:
+        assert window is None, f"{self.name} has no sliding window"
         cache.write(layer, plan.write_slots, k, v)
         keys, values = cache.k[layer].flatten(0, 1), cache.v[layer].flatten(0, 1)  # [slots * K, D]
         out = torch.empty_like(q)

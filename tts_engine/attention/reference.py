@@ -14,6 +14,7 @@ from .base import BatchLayout
 
 class ReferenceAttention:
     name = "reference"
+    has_windows = True
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = device
@@ -28,11 +29,13 @@ class ReferenceAttention:
             seen += [slots[b, : length - count + i + 1] for i in range(count)]
         return torch.from_numpy(layout.write_slots).to(self._device), seen
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, plan: tuple[Tensor, list[Tensor]]) -> Tensor:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, plan: tuple[Tensor, list[Tensor]],
+            window: int | None = None) -> Tensor:  # fmt: skip
         write_slots, seen = plan
         cache.write(layer, write_slots, k, v)
         out = torch.empty_like(q)
-        for token, slots in enumerate(seen):
+        for token, path in enumerate(seen):
+            slots = path if window is None else path[-window:]
             out[token] = _attend(q[token], cache.k[layer, slots], cache.v[layer, slots])
         return out
 

@@ -31,6 +31,7 @@ class LayerWeights:
     attention_norm: Tensor  # [d]
     qkv: Tensor  # [(H + 2K) D, d]
     qkv_bias: Tensor | None  # [(H + 2K) D]
+    qk_norm: Tensor | None  # [H + K, D], of the query heads, then of the key heads
     out: Tensor  # [d, H D]
     mlp_norm: Tensor  # [d]
     gate_up: Tensor  # [2 I, d]
@@ -80,7 +81,7 @@ class Decoder:
         cos, sin = (table.to(self.dtype) for table in self._rotary.at(positions))
         for i, layer in enumerate(self.weights.layers):
             q, k, v = self._by_rows(self._project, layer, x, cos, sin)
-            attended = backend.run(q, k, v, cache, i, plan)
+            attended = backend.run(q, k, v, cache, i, plan, spec.windows[i])
             (x,) = self._by_rows(self._mix, layer, x, attended.reshape(-1, spec.num_heads * spec.head_dim))
         (hidden,) = self._by_rows(self._final, self.weights.norm, x.index_select(0, read_at))
         return hidden
@@ -101,10 +102,13 @@ class Decoder:
         rotated = spec.num_heads + spec.num_kv_heads
         qkv = F.linear(self._norm(x, layer.attention_norm), layer.qkv, layer.qkv_bias)
         qkv = qkv.view(len(x), rotated + spec.num_kv_heads, spec.head_dim)
-        a, b = qkv[:, :rotated].chunk(2, dim=-1)
+        qk, v = qkv.split((rotated, spec.num_kv_heads), dim=1)
+        if layer.qk_norm is not None:
+            qk = self._norm(qk, layer.qk_norm)
+        a, b = qk.chunk(2, dim=-1)
         cos, sin = cos[:, None], sin[:, None]
         qk = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-        return qk[:, : spec.num_heads], qk[:, spec.num_heads :], qkv[:, rotated:]
+        return qk[:, : spec.num_heads], qk[:, spec.num_heads :], v
 
     def _mix(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> tuple[Tensor]:
         """x [T, d], attended [T, H D] -> the layer's output [T, d]."""

@@ -1,10 +1,12 @@
 """From a checkpoint, in a local directory or on the hub, to a Decoder. safetensors only: no pickle, no remote code.
 
 Tensors go from the file straight to their place in the fused matrices, in bounded blocks, so that loading takes little more
-memory than the weights themselves.
+memory than the weights themselves. Without weights, a config.json is enough: RandomCheckpoint makes them up.
 """
 
+import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,17 @@ from .decoder import Decoder, DecoderWeights, LayerWeights
 from .spec import DecoderSpec
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+HUB_WEIGHTS = ["*.safetensors"]
 STORED = ("F32", "F16", "BF16")  # what a conversion to the wanted dtype is meaningful for; others need scales
 BLOCK_BYTES = 16 << 20
 
 
-def resolve_checkpoint(name: str | Path) -> Path:
+def resolve_checkpoint(name: str | Path, load: str = "weights") -> Path:
     """A local directory as it is; a hub id ("owner/name") as the directory of its snapshot, downloaded where it is not cached.
 
-    HF_HUB_OFFLINE and the hub's other settings hold. Raises ModelError when there is neither.
+    Weights are downloaded only to be loaded. HF_HUB_OFFLINE and the hub's other settings hold. Raises ModelError when there is
+    neither.
     """
     path = Path(name)
     if path.is_dir():
@@ -36,7 +40,7 @@ def resolve_checkpoint(name: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES + (HUB_WEIGHTS if load == "weights" else [])))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ModelError(f"{name} is no local directory, not in the hub's cache, and the hub cannot be reached (or HF_HUB_OFFLINE "
                          "is set)") from error  # fmt: skip
@@ -44,14 +48,13 @@ def resolve_checkpoint(name: str | Path) -> Path:
         raise ModelError(f"{name} is no local directory and could not be fetched from the hub: {_first_line(error)}") from error
 
 
-def load_decoder(directory: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+def load_decoder(source: "Path | Checkpoint", *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
                  deterministic: bool = False) -> Decoder:  # fmt: skip
-    """The decoder of a checkpoint directory, in `dtype` on `device`. Raises ModelError, naming the file, for anything amiss."""
-    checkpoint = Checkpoint(directory)
-    spec = DecoderSpec.from_hf(checkpoint.config, str(checkpoint.directory / CONFIG))
+    """The decoder of a checkpoint or its directory, in `dtype` on `device`. ModelError, naming the file, for anything amiss."""
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
     with torch.inference_mode():
-        weights = _read_weights(checkpoint, spec, dtype, device)
-    return Decoder(spec, weights, deterministic=deterministic)
+        weights = _read_weights(checkpoint, checkpoint.spec, dtype, device)
+    return Decoder(checkpoint.spec, weights, deterministic=deterministic)
 
 
 class Checkpoint:
@@ -59,14 +62,23 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         """Raises ModelError if there is no readable config.json or no complete set of safetensors files."""
-        self.directory = Path(directory)
-        if not self.directory.is_dir():
-            raise ModelError(f"{self.directory} is not a directory; expected one with {CONFIG} and {SINGLE}")
-        self.config = _read_json(self.directory / CONFIG)
+        self._open_config(directory)
         self._files = self._find_tensors()
 
+    def _open_config(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise ModelError(f"{self.directory} is not a directory; expected one with {CONFIG}")
+        self.config = _read_json(self.directory / CONFIG)
+
+    @cached_property
+    def spec(self) -> DecoderSpec:
+        """Raises ModelError where the config is of no decoder that can be run."""
+        return DecoderSpec.from_hf(self.config, str(self.directory / CONFIG))
+
     @property
-    def tensor_names(self) -> list[str]:
+    def tensor_names(self) -> list[str] | None:
+        """All there are; None where any tensor can be had."""
         return list(self._files)
 
     def read_into(self, name: str, destination: Tensor) -> None:
@@ -111,40 +123,72 @@ class Checkpoint:
         return {name: self.directory / shard for name, shard in names.items()}
 
 
+class RandomCheckpoint(Checkpoint):
+    """A directory's config with weights made up where they are wanted, for runs whose text does not matter.
+
+    A tensor's values hang on its name, shape, dtype and kind of device alone. Norms are 1, biases 0, and a matrix's entries normal
+    with variance 1 / columns, so that what goes through it keeps its size.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ModelError if there is no readable config.json."""
+        self._open_config(directory)
+
+    @property
+    def tensor_names(self) -> None:
+        return None
+
+    def read_into(self, name: str, destination: Tensor) -> None:
+        if destination.dim() == 1:
+            destination.fill_(0.0 if name.endswith(".bias") else 1.0)
+            return
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
+        random = torch.Generator(destination.device).manual_seed(seed)
+        destination.normal_(std=destination.shape[1] ** -0.5, generator=random)
+
+
+SOURCES = {"weights": Checkpoint, "random": RandomCheckpoint}  # by EngineConfig.load
+
+
 def _read_weights(checkpoint: Checkpoint, spec: DecoderSpec, dtype: torch.dtype, device: torch.device | str) -> DecoderWeights:
-    d, width, inner = spec.hidden_size, spec.head_dim, spec.intermediate_size
-    heads, kv_heads = spec.num_heads * width, spec.num_kv_heads * width
+    shapes = spec.tensor_shapes
 
-    def read(name: str, *shape: int) -> Tensor:
-        return fused({name: shape[0]}, *shape[1:])
-
-    def fused(parts: dict[str, int], *columns: int) -> Tensor:
-        """One tensor of the named ones, stacked along dimension 0; `parts` gives the rows of each."""
-        whole = torch.empty(sum(parts.values()), *columns, dtype=dtype, device=device)
-        for name, part in zip(parts, whole.split(list(parts.values())), strict=True):
+    def read(*names: str) -> Tensor:
+        """One tensor of the named ones, stacked along dimension 0."""
+        parts = [shapes.pop(name) for name in names]
+        rows = [part[0] for part in parts]
+        try:
+            whole = torch.empty(sum(rows), *parts[0][1:], dtype=dtype, device=device)
+        except (RuntimeError, MemoryError) as error:
+            raise ModelError(f"{checkpoint.directory}: its weights, {spec.num_parameters * dtype.itemsize} bytes in all, cannot be "
+                             f"held on {device}: {_first_line(error)}") from error  # fmt: skip
+        for name, part in zip(names, whole.split(rows), strict=True):
             checkpoint.read_into(name, part)
         return whole
 
     def layer(i: int) -> LayerWeights:
         at = f"model.layers.{i}."
         attention, mlp = at + "self_attn.", at + "mlp."
-        qkv = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+        qkv = [f"{attention}{part}_proj" for part in "qkv"]
         return LayerWeights(
-            attention_norm=read(at + "input_layernorm.weight", d),
-            qkv=fused({f"{attention}{name}.weight": rows for name, rows in qkv.items()}, d),
-            qkv_bias=fused({f"{attention}{name}.bias": rows for name, rows in qkv.items()}) if spec.qkv_bias else None,
-            out=read(attention + "o_proj.weight", d, heads),
-            mlp_norm=read(at + "post_attention_layernorm.weight", d),
-            gate_up=fused({f"{mlp}gate_proj.weight": inner, f"{mlp}up_proj.weight": inner}, d),
-            down=read(mlp + "down_proj.weight", d, inner),
-        )
+            attention_norm=read(at + "input_layernorm.weight"),
+            qkv=read(*(f"{name}.weight" for name in qkv)),
+            qkv_bias=read(*(f"{name}.bias" for name in qkv)) if spec.qkv_bias else None,
+            qk_norm=torch.cat((read(attention + "q_norm.weight").expand(spec.num_heads, -1),
+                               read(attention + "k_norm.weight").expand(spec.num_kv_heads, -1))) if spec.qk_norm else None,
+            out=read(attention + "o_proj.weight"),
+            mlp_norm=read(at + "post_attention_layernorm.weight"),
+            gate_up=read(mlp + "gate_proj.weight", mlp + "up_proj.weight"),
+            down=read(mlp + "down_proj.weight"),
+        )  # fmt: skip
 
-    embedding = read("model.embed_tokens.weight", spec.vocab_size, d)
+    embedding = read("model.embed_tokens.weight")
     layers = [layer(i) for i in range(spec.num_layers)]
-    norm = read("model.norm.weight", d)
+    norm = read("model.norm.weight")
     lm_head = None
     if spec.lm_head:
-        lm_head = embedding if spec.tied else read("lm_head.weight", spec.vocab_size, d)
+        lm_head = embedding if spec.tied else read("lm_head.weight")
+    assert not shapes, f"nothing reads {', '.join(shapes)}"
     return DecoderWeights(embedding=embedding, layers=layers, norm=norm, lm_head=lm_head)
 
 
