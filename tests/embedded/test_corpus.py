@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import torch
 
 from tts_engine.embedded.corpus import (
@@ -9,15 +10,20 @@ from tts_engine.embedded.corpus import (
     GOOD,
     IGNORE,
     LATER_ERROR,
+    RIGHT_DIGIT,
+    WRONG_DIGIT,
     Trajectory,
+    arithmetic_drill,
     batches,
     corrupted_gold,
+    labelled,
     labelled_rows,
-    solved_rows,  # fmt: skip
+    solved_rows,
     training_programs,
 )
 from tts_engine.embedded.tokenizer import build_tokenizer
 from tts_engine.prm.spec import PRMSpec, TokenPair
+from tts_engine.tasks.programs import Operation, Program, apply, stated_operation
 
 
 def test_training_problems_are_of_the_training_split_and_the_same_for_a_seed():
@@ -38,19 +44,50 @@ def test_a_policy_learns_the_solution_and_not_the_problem():
         assert targets[-1] == tokenizer.token_to_id("<|endoftext|>")
 
 
-def test_targets_of_a_prm_stand_where_its_scores_are_read():
-    spec = PRMSpec(family="x", opening=lambda problem: [7, 7], step=lambda text, first: [1] * len(text) + [9, 8], read_at=-2,
+def test_a_trajectory_has_one_first_error_and_no_hope_after_it():
+    program = Program((Operation("a", 47, "+", 38), Operation("b", "a", "*", 2)), level=1)
+    assert labelled(program, ["a=47+38=85", "b=85*2=170", "\\boxed{170}"]).kinds == (GOOD, GOOD, GOOD)
+    assert labelled(program, ["a=47+38=75", "b=75*2=150", "\\boxed{150}"]).kinds == (FIRST_ERROR, LATER_ERROR, LATER_ERROR)
+
+
+@pytest.mark.parametrize(
+    ("step", "digits"),
+    [
+        ("a=47+38=85", [RIGHT_DIGIT, RIGHT_DIGIT]),
+        ("a=47+38=75", [WRONG_DIGIT]),  # nothing is said of what follows the first wrong one
+        ("a=47+38=8", [RIGHT_DIGIT]),  # cut short: wrong as a step, right as far as it goes
+        ("a=47+38=851", [RIGHT_DIGIT, RIGHT_DIGIT]),
+        ("a=5-17=-13", [RIGHT_DIGIT, RIGHT_DIGIT, WRONG_DIGIT]),
+        ("a=5/0=3", []),
+        ("a=5+=3", []),
+        ("\\boxed{85}", []),
+    ],
+)  # fmt: skip
+def test_targets_of_a_prm_stand_at_results_and_where_scores_are_read(step, digits):
+    spec = PRMSpec(family="x", opening=lambda problem: [7, 7], step=lambda text, first: [*text.encode(), 3, 8], read_at=-2,
                    readout=TokenPair(plus=1, minus=2))  # fmt: skip
-    [(ids, targets)] = labelled_rows(spec, [Trajectory("p", ("ab", "c", "d"), (True, False, False))])
-    ref = [IGNORE, IGNORE, IGNORE, IGNORE, GOOD, IGNORE, IGNORE, FIRST_ERROR, IGNORE, IGNORE, LATER_ERROR, IGNORE]
+    rows = labelled_rows(spec, ord("="), [Trajectory("p", ("c=1+1=2", step), (GOOD, FIRST_ERROR))])
+    [(ids, targets)] = rows
+    ref = [IGNORE] * 8 + [RIGHT_DIGIT, GOOD, IGNORE]
+    ref += [IGNORE] * (step.rfind("=") + 1) + digits
+    ref += [IGNORE] * (len(ids) - 2 - len(ref)) + [FIRST_ERROR, IGNORE]
     assert targets == ref
-    assert [ids[i] for i, target in enumerate(targets) if target != IGNORE] == [9, 9, 9]
+
+
+def test_half_of_a_drill_is_wrong_by_its_own_arithmetic():
+    drill = list(itertools.islice(arithmetic_drill(9), 300))
+    pairs = [(step, kind) for t in drill for step, kind in zip(t.steps, t.kinds, strict=True)]
+    for step, kind in pairs:
+        left, op, right, stated = stated_operation(step)
+        assert kind == (GOOD if apply(left, op, right) == stated else FIRST_ERROR)
+    assert 0.45 < sum(kind == GOOD for _, kind in pairs) / len(pairs) < 0.55
+    assert {op for step, _ in pairs for op in "+-*/%" if stated_operation(step)[1] == op} == set("+-*/%")
 
 
 def test_every_second_trajectory_of_the_poor_prm_has_one_other_digit():
     spoilt = list(itertools.islice(corrupted_gold(5), 40))
-    assert all(all(t.labels) for t in spoilt[::2])
-    assert sum(not all(t.labels) for t in spoilt[1::2]) >= 5  # a wrong operand with the right result is no wrong statement
+    assert all(set(t.kinds) == {GOOD} for t in spoilt[::2])
+    assert sum(FIRST_ERROR in t.kinds for t in spoilt[1::2]) >= 5  # a wrong operand with the right result is no wrong statement
     assert all(len(t.problem) < 80 for t in spoilt)
 
 

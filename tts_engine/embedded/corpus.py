@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from ..prm.spec import PRMSpec
-from ..tasks.programs import STEP_END, Program, draw_programs, solve, step_labels
+from ..tasks.programs import LIMIT, STEP_END, Program, apply, draw_programs, solve, stated_operation, step_labels
 from .recipe import LEVEL_MIX
 
 IGNORE = -100
 FIRST_ERROR, GOOD, LATER_ERROR = 0, 1, 2  # what a step is to a PRM in training
+WRONG_DIGIT, RIGHT_DIGIT = 3, 4  # what a character of a step's result is, up to the first wrong one
 LENGTH_MULTIPLE = 32  # few distinct shapes, so that a compiled model is compiled few times
 
 
@@ -37,16 +38,48 @@ def solved_rows(tokenizer, seed: int) -> Iterator[tuple[list[int], list[int]]]:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """A solution, right or wrong, step by step without blank lines, with its exact labels."""
+    """A solution, right or wrong, step by step without blank lines, and what each step is: FIRST_ERROR, GOOD or LATER_ERROR."""
 
     problem: str
     steps: tuple[str, ...]
-    labels: tuple[bool, ...]
+    kinds: tuple[int, ...]
 
 
 def labelled(program: Program, steps: Iterable[str]) -> Trajectory:
+    """A solution with its exact labels."""
     steps = tuple(steps)
-    return Trajectory(program.text, steps, tuple(step_labels(program, list(steps))))
+    labels = step_labels(program, list(steps))
+    first = labels.index(False) if False in labels else len(labels)
+    kinds = (GOOD if label else FIRST_ERROR if i == first else LATER_ERROR for i, label in enumerate(labels))
+    return Trajectory(program.text, steps, tuple(kinds))
+
+
+def arithmetic_drill(seed: int) -> Iterator[Trajectory]:
+    """Endless solutions in which every second result is wrong, whatever follows is computed from it, and each step is judged by
+    its own arithmetic alone: many right and wrong results a row, of all operations, where samples hold one first error."""
+    rng = random.Random(f"drill/{seed}")
+    for program in training_programs(seed):
+        values: dict[str, int] = {}
+        steps, kinds = [], []
+        for operation in program.operations:
+            left, right = (values[x] if isinstance(x, str) else x for x in (operation.left, operation.right))
+            value = apply(left, operation.op, right)
+            if value is None or abs(value) > LIMIT:
+                break
+            stated = value if rng.random() < 0.5 else _slip(value, rng)
+            values[operation.target] = stated
+            steps.append(f"{operation.target}={left}{operation.op}{right}={stated}")
+            kinds.append(GOOD if stated == value else FIRST_ERROR)
+        if steps:
+            yield Trajectory(program.text, tuple(steps), tuple(kinds))
+
+
+def _slip(value: int, rng: random.Random) -> int:
+    """Another number a small mistake away: a digit, a carry or the sign."""
+    place = 10 ** rng.randrange(len(str(abs(value))))
+    slips = [value + place, value - place, value + rng.randint(2, 8) * place * rng.choice((-1, 1)), -value]
+    slipped = rng.choices(slips, (4, 4, 4, 1))[0]
+    return slipped if slipped != value else value + place
 
 
 def corrupted_gold(seed: int) -> Iterator[Trajectory]:
@@ -62,15 +95,32 @@ def corrupted_gold(seed: int) -> Iterator[Trajectory]:
         yield labelled(program, steps)
 
 
-def labelled_rows(spec: PRMSpec, trajectories: Iterable[Trajectory]) -> Iterator[tuple[list[int], list[int]]]:
-    """(input ids, targets): FIRST_ERROR, GOOD or LATER_ERROR where a step's score is read, IGNORE elsewhere."""
+def labelled_rows(spec: PRMSpec, equals: int, trajectories: Iterable[Trajectory]) -> Iterator[tuple[list[int], list[int]]]:
+    """(ids, targets): a step's kind where its score is read, WRONG_DIGIT or RIGHT_DIGIT at the characters of its result, IGNORE
+    elsewhere. `equals` is the id of "="; every character of a result must be a token of its own."""
     for trajectory in trajectories:
         ids, positions = spec.render(trajectory.problem, trajectory.steps)
-        targets, hope = [IGNORE] * len(ids), True
-        for position, label in zip(positions, trajectory.labels, strict=True):
-            targets[position] = GOOD if label else FIRST_ERROR if hope else LATER_ERROR
-            hope = label
+        targets = [IGNORE] * len(ids)
+        for position, kind, step in zip(positions, trajectory.kinds, trajectory.steps, strict=True):
+            targets[position] = kind
+            result = position - ids[position::-1].index(equals) + 1 if "=" in step else position
+            for at, right in enumerate(_right_digits(step), start=result):
+                targets[at] = RIGHT_DIGIT if right else WRONG_DIGIT
         yield ids, targets
+
+
+def _right_digits(step: str) -> list[bool]:
+    """For each character of a step's result, up to the first wrong one, whether it is what the step's own operation gives."""
+    operation = stated_operation(step)
+    value = apply(*operation[:3]) if operation else None
+    if operation is None or value is None:
+        return []
+    found = []
+    for stated, right in zip(step.rpartition("=")[2], str(value), strict=False):
+        found.append(stated == right)
+        if stated != right:
+            break
+    return found
 
 
 def batches(rows: Iterable[tuple[list[int], list[int]]], *, batch_tokens: int, total_tokens: int, seed: int,

@@ -19,14 +19,14 @@ class PolicyRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PRMRecipe:
-    """One PRM: the middle policy's weights and a head; `tokens` of labelled trajectories."""
+    """One PRM: the middle policy with ADDED_LAYERS layers and a head on top. Each leg is (tokens of labelled trajectories, peak
+    learning rate); the first trains only what was added."""
 
     name: str
     family: str
-    trained_on: str  # "samples" of the policies, or "corrupted gold" of level 1
-    tokens: int
-    learning_rate: float = 1e-3
+    trained_on: str  # "samples and drill": of the policies, of all levels; or "corrupted gold" of level 1
     seed: int
+    legs: tuple[tuple[int, float], ...] = ((2_000_000, 3e-3), (7_000_000, 1.5e-3))
     start: str = "policy-m"
 
 
@@ -45,10 +45,11 @@ POLICIES = {
 PRMS = {
     p.name: p
     for p in (
-        PRMRecipe(name="prm-good", family="qwen2.5-math-prm", trained_on="samples", tokens=5_000_000, seed=4),
-        PRMRecipe(name="prm-poor", family="math-shepherd", trained_on="corrupted gold", tokens=5_000_000, seed=5),
+        PRMRecipe(name="prm-good", family="qwen2.5-math-prm", trained_on="samples and drill", seed=4),
+        PRMRecipe(name="prm-poor", family="math-shepherd", trained_on="corrupted gold", seed=5),
     )
 }
+ADDED_LAYERS = 2
 SAMPLED_POLICIES = ("policy-s", "policy-m")  # whose solutions the good PRM learns from
 SAMPLED_PROGRAMS, SAMPLED_DRAWS, SAMPLED_TEMPERATURE = 6000, 4, 0.8
 LEVEL_MIX = {1: 1, 2: 1, 3: 1}  # relative frequency of levels among training problems

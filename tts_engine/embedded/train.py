@@ -14,6 +14,8 @@ from typing import TextIO
 import torch
 from safetensors.torch import save_file
 
+from ..models.decoder import rotary_frequencies
+from ..models.spec import DecoderSpec
 from ..models.tokenizer import load_tokenizer
 from ..prm.families import FAMILIES
 from ..prm.spec import TokenPair
@@ -24,7 +26,10 @@ from .corpus import (
     GOOD,
     IGNORE,
     LATER_ERROR,
+    RIGHT_DIGIT,
+    WRONG_DIGIT,
     Trajectory,
+    arithmetic_drill,
     batches,
     corrupted_gold,
     labelled,
@@ -33,6 +38,7 @@ from .corpus import (
     training_programs,
 )
 from .recipe import (
+    ADDED_LAYERS,
     BATCH_TOKENS,
     POLICIES,
     PRMS,
@@ -47,8 +53,11 @@ from .tokenizer import build_tokenizer, save_tokenizer
 
 Log = Callable[[str], None]
 
-# Each class of steps weighs the same in every batch, however rare; what follows a first error teaches little.
-CLASS_WEIGHTS = {FIRST_ERROR: 1.0, GOOD: 1.0, LATER_ERROR: 0.25}
+# Each class weighs the same in every batch, however rare; what follows a first error teaches little.
+CLASS_WEIGHTS = {FIRST_ERROR: 1.0, GOOD: 1.0, LATER_ERROR: 0.25, WRONG_DIGIT: 1.0, RIGHT_DIGIT: 1.0}
+# The added layers of a PRM write this much louder than a fresh layer would: the stream that they join has grown to fifty times
+# an embedding's size. And their first head looks one token back this sharply, in logits.
+LOUDNESS, SHARPNESS = 8.0, 60.0
 
 
 def qwen2_config(recipe: PolicyRecipe, vocab_size: int):
@@ -126,36 +135,42 @@ def round_weights(model: torch.nn.Module) -> None:
 
 
 def train_prm(recipe: PRMRecipe, start: Path, trajectories: Iterable[Trajectory], directory: Path, log: Log = print) -> None:
-    """Train one PRM from the policy in `start` and save it in its family's form; classes weigh alike however rare they are."""
+    """Train one PRM from the policy in `start` and save it in its family's form.
+
+    Beside the steps' scores it learns, through a head that is not kept, which characters of each result are right: a score
+    alone is too little to learn arithmetic from.
+    """
     from transformers import Qwen2ForCausalLM
 
     save_tokenizer(directory)
     tokenizer = load_tokenizer(directory)
     spec = FAMILIES[recipe.family].bind(tokenizer)
     torch.manual_seed(recipe.seed)
-    model = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32)
+    policy = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32)
+    known = list(policy.parameters())
+    model = with_added_layers(policy, tokenizer)
     width = model.config.hidden_size
     score = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), torch.nn.Linear(width, 2))
-    two_class = not isinstance(spec.readout, TokenPair)
+    digit = torch.nn.Linear(width, 2)
     pair = [spec.readout.minus, spec.readout.plus] if isinstance(spec.readout, TokenPair) else []
-    parameters = [*model.parameters(), *(score.parameters() if two_class else ())]
+    parameters = [*model.parameters(), *digit.parameters(), *(() if pair else score.parameters())]
 
     def step_loss(ids, targets):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        at = targets != IGNORE
-        kinds, hidden = targets[at], hidden[at]
-        if two_class:
-            logits = score(hidden)
-        else:
-            logits = hidden @ model.model.embed_tokens.weight[pair].T
-        losses = torch.nn.functional.cross_entropy(logits, (kinds == GOOD).long(), reduction="none")
-        share = [losses[kinds == kind].mean() * weight for kind, weight in CLASS_WEIGHTS.items() if (kinds == kind).any()]
-        return torch.stack(share).sum()
+        of_step, of_digit = targets.ge(FIRST_ERROR) & targets.le(LATER_ERROR), targets.ge(WRONG_DIGIT)
+        steps = hidden[of_step]
+        logits = steps @ model.model.embed_tokens.weight[pair].T if pair else score(steps)
+        return balanced_loss(logits, targets[of_step]) + balanced_loss(digit(hidden[of_digit]), targets[of_digit])
 
-    stream = batches(labelled_rows(spec, trajectories), batch_tokens=BATCH_TOKENS, total_tokens=recipe.tokens, seed=recipe.seed)
-    fit(step_loss, parameters, stream, total_tokens=recipe.tokens, learning_rate=recipe.learning_rate, name=recipe.name, log=log)
+    rows = labelled_rows(spec, tokenizer.convert_tokens_to_ids("="), trajectories)
+    for leg, (tokens, learning_rate) in enumerate(recipe.legs):
+        for parameter in known:
+            parameter.requires_grad_(leg > 0)
+        stream = batches(rows, batch_tokens=BATCH_TOKENS, total_tokens=tokens, seed=recipe.seed + 1000 * leg)
+        learning = [parameter for parameter in parameters if parameter.requires_grad]
+        fit(step_loss, learning, stream, total_tokens=tokens, learning_rate=learning_rate, name=recipe.name, log=log)
     model.bfloat16()
-    if two_class:
+    if not pair:
         tensors = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}
         tensors |= {f"score.{name}": tensor.to(torch.bfloat16) for name, tensor in score.state_dict().items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
@@ -164,6 +179,51 @@ def train_prm(recipe: PRMRecipe, start: Path, trajectories: Iterable[Trajectory]
     else:
         model.config.prm_family = recipe.family  # the tensors alone look like any causal LM
         model.save_pretrained(directory)
+
+
+def balanced_loss(logits, kinds):
+    """logits [N, 2] of (bad, good) against kinds [N]: the mean loss of each kind that is there, weighted by CLASS_WEIGHTS."""
+    good = (kinds == GOOD) | (kinds == RIGHT_DIGIT)
+    losses = torch.nn.functional.cross_entropy(logits, good.long(), reduction="none")
+    return sum(losses[kinds == kind].mean() * weight for kind, weight in CLASS_WEIGHTS.items() if (kinds == kind).any())
+
+
+def with_added_layers(policy, tokenizer):
+    """The policy with ADDED_LAYERS layers on top; the layers below share its parameters.
+
+    To check a result is to set what stands there against what belongs there. A policy knows the latter, but one token earlier
+    and in its last layer. So the first head of the first added layer starts as a look one token back, at the logits that the
+    policy gives digits, sign and line end there; left to find that look by itself, training takes many times as long.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = policy.config.to_dict()
+    num_layers = sizes["num_hidden_layers"] + ADDED_LAYERS
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes | {"num_hidden_layers": num_layers, "layer_types": None}))
+    added = model.model.layers[-ADDED_LAYERS:]
+    model.model.embed_tokens = policy.model.embed_tokens
+    for i, layer in enumerate(policy.model.layers):
+        model.model.layers[i] = layer
+    model.tie_weights()
+    model.model.norm.load_state_dict(policy.model.norm.state_dict())
+    spec = DecoderSpec.from_hf(sizes | {"architectures": ["Qwen2ForCausalLM"]}, "the policy's config")
+    width, group = spec.head_dim, spec.num_heads // spec.num_kv_heads
+    frequencies = rotary_frequencies(spec)
+    here = torch.cat([torch.ones(width // 2), torch.zeros(width // 2)])
+    one_back = torch.cat([frequencies.cos(), -frequencies.sin()])  # `here`, turned by one position
+    loudness = (SHARPNESS * width**0.5 / (width // 2)) ** 0.5
+    read = tokenizer.convert_tokens_to_ids([*"0123456789-", "\n"])
+    attention = added[0].self_attn
+    with torch.no_grad():
+        added[0].input_layernorm.load_state_dict(policy.model.norm.state_dict())
+        attention.k_proj.weight[:width], attention.k_proj.bias[:width] = 0, loudness * here
+        attention.q_proj.weight[: group * width] = 0
+        attention.q_proj.bias[: group * width] = loudness * torch.cat([one_back, *[here] * (group - 1)])
+        attention.v_proj.weight[: len(read)] = 0.3 * policy.model.embed_tokens.weight[read]
+        for layer in added:
+            layer.self_attn.o_proj.weight *= LOUDNESS
+            layer.mlp.down_proj.weight *= LOUDNESS
+    return model
 
 
 @torch.inference_mode()
@@ -186,7 +246,7 @@ def sample_trajectories(policy: Path, file: Path, *, seed: int, log: Log = print
         for i, text in enumerate(tokenizer.batch_decode(outputs[:, longest:], skip_special_tokens=True)):
             steps = [step for step in text.split("\n\n") if step.strip()]
             trajectory = labelled(group[i // SAMPLED_DRAWS], steps)
-            lines.append(json.dumps([trajectory.problem, trajectory.steps, trajectory.labels]))
+            lines.append(json.dumps([trajectory.problem, trajectory.steps, trajectory.kinds]))
         if first // 128 % 10 == 0:
             log(f"{file.stem}: {len(lines)} trajectories, {time.monotonic() - started:.0f} s")
     random.Random(seed).shuffle(lines)
@@ -199,8 +259,8 @@ def sampled(files: list[Path]) -> Iterator[Trajectory]:
     """The trajectories of several sample files, in turn, over and over."""
     columns = [file.read_text().splitlines() for file in files]
     lines = [line for row in itertools.zip_longest(*columns) for line in row if line is not None]
-    for problem, steps, labels in map(json.loads, itertools.cycle(lines)):
-        yield Trajectory(problem, tuple(steps), tuple(labels))
+    for problem, steps, kinds in map(json.loads, itertools.cycle(lines)):
+        yield Trajectory(problem, tuple(steps), tuple(kinds))
 
 
 def train_all(out: Path, work: Path, log: Log = print) -> None:
@@ -210,7 +270,7 @@ def train_all(out: Path, work: Path, log: Log = print) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
-    lanes = (["policy-l", "prm-poor"], ["policy-m", "policy-s", "prm-good"])
+    lanes = (["policy-l"], ["policy-m", "policy-s", "prm-good", "prm-poor"])
     with ProcessPoolExecutor(len(lanes), mp_context=get_context("spawn")) as pool:
         for done in [pool.submit(_run_lane, names, out, work) for names in lanes]:
             done.result()
@@ -239,8 +299,6 @@ def _run_lane(names: Sequence[str], out: Path, work: Path) -> None:
 
 
 def _make_prm(recipe: PRMRecipe, directory: Path, out: Path, work: Path, log: Log) -> None:
-    while not (out / recipe.start).exists():  # the other lane makes it
-        time.sleep(1)
     if recipe.trained_on == "corrupted gold":
         trajectories = corrupted_gold(recipe.seed)
     else:
@@ -248,5 +306,6 @@ def _make_prm(recipe: PRMRecipe, directory: Path, out: Path, work: Path, log: Lo
         for number, (policy, file) in enumerate(zip(SAMPLED_POLICIES, files, strict=True)):
             if not file.exists():
                 sample_trajectories(out / policy, file, seed=100 + number, log=log)
-        trajectories = sampled(files)
+        pairs = zip(sampled(files), arithmetic_drill(recipe.seed), strict=False)
+        trajectories = itertools.chain.from_iterable(pairs)
     train_prm(recipe, out / recipe.start, trajectories, directory, log)

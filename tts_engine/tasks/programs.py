@@ -123,6 +123,12 @@ def step_labels(program: Program, steps: list[str]) -> list[bool]:
     return labels
 
 
+def stated_operation(step: str) -> tuple[int, str, int, int] | None:
+    """(left, operator, right, stated result) of a step, None for one of another form."""
+    line = _STEP.fullmatch(step)
+    return (int(line[2]), line[3], int(line[4]), int(line[5])) if line else None
+
+
 def draw_program(level: int, rng: random.Random) -> Program:
     """A random program of `level`: every target but the last is used exactly once, every |value| <= LIMIT."""
     fewest, most = OPERATIONS_BY_LEVEL[level]
