@@ -3,13 +3,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "kv_tree.h"
+#include "sampling.h"
+#include "tree_attention.h"
+#include "tree_plan.h"
 
 namespace py = pybind11;
+using tts::Forest;
 using tts::KVTree;
+using tts::TreePlan;
 
 namespace {
 
@@ -72,6 +78,75 @@ void write_slots(const KVTree& tree, const Array<int64_t>& handles, const Array<
   tree.write_slots(handle, lease, start, count, num_rows, slots, out.size());
 }
 
+Forest forest(const KVTree& tree, const Array<int64_t>& handles, const Array<bool>& is_lease, const Array<int32_t>& ends) {
+  const py::ssize_t num_rows = handles.size();
+  const int64_t* handle = column("handles", handles, num_rows);
+  const bool* lease = column("is_lease", is_lease, num_rows);
+  const int32_t* end = column("ends", ends, num_rows);
+  py::gil_scoped_release unlocked;
+  return tree.forest(handle, lease, end, num_rows);
+}
+
+std::vector<int32_t> listed(const Array<int32_t>& array) { return {array.data(), array.data() + array.size()}; }
+
+Array<int32_t> copied(const std::vector<int32_t>& list) { return Array<int32_t>(list.size(), list.data()); }
+
+// Records of int32 fields as a table [records, fields].
+template <class Record>
+Array<int32_t> table(const std::vector<Record>& records) {
+  static_assert(sizeof(Record) % sizeof(int32_t) == 0, "a record is int32 fields");
+  Array<int32_t> rows({records.size(), sizeof(Record) / sizeof(int32_t)});
+  std::copy_n(reinterpret_cast<const int32_t*>(records.data()), rows.size(), rows.mutable_data());
+  return rows;
+}
+
+TreePlan tree_plan(const Forest& forest, const Array<int32_t>& starts, const Array<int32_t>& row_starts, int32_t max_queries,
+                   int32_t split, int32_t reserve, bool compress) {
+  const py::ssize_t num_rows = starts.size();
+  const int32_t* start = column("starts", starts, num_rows);
+  const int32_t* row_start = column("row_starts", row_starts, num_rows + 1);
+  py::gil_scoped_release unlocked;
+  return TreePlan(forest, start, row_start, num_rows, {max_queries, split, reserve, compress});
+}
+
+template <class T>
+T* address(uintptr_t number) {
+  return reinterpret_cast<T*>(number);
+}
+
+void tree_attention(const TreePlan& plan, uintptr_t q, int64_t q_stride, uintptr_t k, uintptr_t v, uintptr_t out, int32_t num_heads,
+                    int32_t num_kv_heads, int32_t head_dim, bool bfloat16, const std::string& instruction_set, int num_threads) {
+  py::gil_scoped_release unlocked;
+  tts::tree_attention(plan,
+                      {address<const void>(q), address<const void>(k), address<const void>(v), address<void>(out), q_stride,
+                       num_heads, num_kv_heads, head_dim, bfloat16 ? tts::Element::kBFloat16 : tts::Element::kFloat32},
+                      instruction_set, num_threads);
+}
+
+Array<int64_t> sample(uintptr_t logits, int64_t num_logit_rows, int32_t vocab_size, float temperature, const Array<int64_t>& rows,
+                      const Array<uint32_t>& keys, const Array<uint64_t>& identities, const Array<int64_t>& positions,
+                      int num_threads) {
+  const py::ssize_t count = rows.size();
+  const Shape got(keys.shape(), keys.shape() + keys.ndim());
+  if (got != Shape{count, 2}) throw std::invalid_argument("keys must be [" + std::to_string(count) + ", 2], got " + describe(got));
+  for (py::ssize_t i = 0; i < count; ++i)
+    if (rows.data()[i] < 0 || rows.data()[i] >= num_logit_rows) throw std::invalid_argument("a draw's row lies beyond the logits");
+  const uint64_t* identity = column("identities", identities, count);
+  const int64_t* position = column("positions", positions, count);
+  Array<int64_t> tokens(count);
+  int64_t* token = tokens.mutable_data();
+  py::gil_scoped_release unlocked;
+  tts::sample({address<const float>(logits), vocab_size, temperature}, rows.data(), keys.data(), identity, position,
+              count, token, num_threads);
+  return tokens;
+}
+
+void store_rows(uintptr_t rows, int64_t stride, uintptr_t to, int64_t bytes, const Array<int64_t>& slots) {
+  const int64_t* slot = column("slots", slots, slots.size());
+  py::gil_scoped_release unlocked;
+  tts::store_rows(address<const void>(rows), stride, address<void>(to), bytes, slot, slots.size());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -106,6 +181,44 @@ PYBIND11_MODULE(_C, module) {
            py::arg("lens").noconvert(), py::arg("out"))
       .def("write_slots", write_slots, py::arg("handles").noconvert(), py::arg("is_lease").noconvert(),
            py::arg("starts").noconvert(), py::arg("counts").noconvert(), py::arg("out"))
+      .def("forest", forest, py::arg("handles").noconvert(), py::arg("is_lease").noconvert(), py::arg("ends").noconvert())
       .def_property_readonly("num_blocks", &KVTree::num_blocks)
       .def_property_readonly("block_size", &KVTree::block_size);
+
+  py::class_<Forest>(module, "Forest")
+      .def(py::init([](const Array<int32_t>& parent, const Array<int32_t>& first, const Array<int32_t>& len,
+                       const Array<int32_t>& node, const Array<int32_t>& slots) {
+             return Forest{listed(parent), listed(first), listed(len), listed(node), listed(slots)};
+           }),
+           py::arg("parent"), py::arg("first"), py::arg("len"), py::arg("node"), py::arg("slots"))
+      .def_property_readonly("parent", [](const Forest& f) { return copied(f.parent); })
+      .def_property_readonly("first", [](const Forest& f) { return copied(f.first); })
+      .def_property_readonly("len", [](const Forest& f) { return copied(f.len); })
+      .def_property_readonly("node", [](const Forest& f) { return copied(f.node); })
+      .def_property_readonly("slots", [](const Forest& f) { return copied(f.slots); });
+
+  py::class_<TreePlan>(module, "TreePlan")
+      .def(py::init(&tree_plan), py::arg("forest"), py::arg("starts").noconvert(), py::arg("row_starts").noconvert(), py::kw_only(),
+           py::arg("max_queries"), py::arg("split"), py::arg("reserve"), py::arg("compress"))
+      .def("grow",
+           [](TreePlan& plan, const Array<int64_t>& new_slots) { return plan.grow(new_slots.data(), new_slots.size()); },
+           py::arg("new_slots").noconvert())
+      .def_property_readonly("order", [](const TreePlan& p) { return copied(p.order); })
+      .def_property_readonly("slots", [](const TreePlan& p) { return copied(p.slots); })
+      .def_property_readonly("segments", [](const TreePlan& p) { return table(p.segments); })
+      .def_property_readonly("items", [](const TreePlan& p) { return table(p.items); })
+      .def_property_readonly("item_segments", [](const TreePlan& p) { return copied(p.item_segments); })
+      .def_property_readonly("merges", [](const TreePlan& p) { return table(p.merges); })
+      .def_property_readonly("merge_slots", [](const TreePlan& p) { return copied(p.merge_slots); })
+      .def_readonly("num_partials", &TreePlan::num_partials);
+
+  module.def("instruction_sets", &tts::instruction_sets);
+  module.def("tree_attention", tree_attention, py::arg("plan"), py::arg("q"), py::arg("q_stride"), py::arg("k"), py::arg("v"),
+             py::arg("out"), py::kw_only(), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
+             py::arg("bfloat16"), py::arg("instruction_set"), py::arg("num_threads"));
+  module.def("sample", sample, py::arg("logits"), py::arg("num_logit_rows"), py::arg("vocab_size"), py::arg("temperature"),
+             py::arg("rows").noconvert(), py::arg("keys").noconvert(), py::arg("identities").noconvert(),
+             py::arg("positions").noconvert(), py::arg("num_threads"));
+  module.def("store_rows", store_rows, py::arg("rows"), py::arg("stride"), py::arg("to"), py::arg("bytes"),
+             py::arg("slots").noconvert());
 }

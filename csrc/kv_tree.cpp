@@ -322,6 +322,49 @@ void KVTree::context_slots(const int64_t* handles, const bool* is_lease, const i
   }
 }
 
+Forest KVTree::forest(const int64_t* handles, const bool* is_lease, const int32_t* ends, size_t num_rows) const {
+  Forest found;
+  std::vector<const Blocks*> blocks;
+  std::vector<int64_t> nodes, above;
+  const auto add = [&](int32_t parent, int64_t len, const Blocks& its_blocks) {
+    found.parent.push_back(parent);
+    found.len.push_back(static_cast<int32_t>(len));
+    blocks.push_back(&its_blocks);
+    return static_cast<int32_t>(blocks.size()) - 1;
+  };
+  const auto visit = [&](int64_t node) {  // the node and whatever of its path is new
+    for (; node != kNone && nodes_[node].visited < 0; node = nodes_[node].parent) above.push_back(node);
+    int32_t place = node == kNone ? -1 : nodes_[node].visited;
+    for (; !above.empty(); above.pop_back()) {
+      const Node& next = nodes_[above.back()];
+      place = next.visited = add(place, static_cast<int64_t>(next.tokens.size()), next.blocks);
+      nodes.push_back(above.back());
+    }
+    return place;
+  };
+  for (size_t b = 0; b < num_rows; ++b)  // before anything is marked
+    is_lease[b] ? leases_.checked(handles[b]) : nodes_.checked(handles[b]);
+  for (size_t b = 0; b < num_rows; ++b) {
+    const Lease* open = is_lease[b] ? &leases_[handles[b]] : nullptr;
+    const int32_t place = visit(open ? open->parent : handles[b]);
+    found.node.push_back(open ? add(place, open->num_tokens, open->blocks) : place);
+  }
+  for (int64_t node : nodes) nodes_[node].visited = -1;
+  for (size_t b = 0; b < num_rows; ++b) {
+    int32_t& len = found.len[found.node[b]];
+    if (ends[b] < 0 || ends[b] > len)
+      refuse("row " + str(b) + " asks for " + str(ends[b]) + " of the " + str(len) + " tokens of its step");
+    len = ends[b];
+  }
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    found.first.push_back(static_cast<int32_t>(found.slots.size()));
+    for_runs(*blocks[i], block_size_, 0, found.len[i], [&](int64_t slot, int64_t count) {
+      for (int64_t k = 0; k < count; ++k) found.slots.push_back(static_cast<int32_t>(slot + k));
+    });
+  }
+  return found;
+}
+
 void KVTree::write_slots(const int64_t* handles, const bool* is_lease, const int32_t* starts, const int32_t* counts,
                          size_t num_rows, int64_t* out, size_t num_out) const {
   const int64_t* const out_end = out + num_out;

@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "tree_plan.h"
+
 namespace tts {
 
 constexpr int64_t kNone = -1;  // no node: the parent of the top level, and the answer of a search that found nothing
@@ -132,6 +134,9 @@ class KVTree {
   void write_slots(const int64_t* handles, const bool* is_lease, const int32_t* starts, const int32_t* counts,
                    size_t num_rows, int64_t* out, size_t num_out) const;
 
+  // The nodes under a batch's rows; row b's own one, or lease, with its first ends[b] tokens.
+  Forest forest(const int64_t* handles, const bool* is_lease, const int32_t* ends, size_t num_rows) const;
+
   int64_t num_blocks() const noexcept { return num_blocks_; }
   int64_t block_size() const noexcept { return block_size_; }
 
@@ -149,6 +154,7 @@ class KVTree {
     int64_t holds = 0;     // by callers
     int64_t pins = 0;      // holds + leases under it + pinned children: pinned while > 0
     int64_t children = 0;  // resident ones
+    mutable int32_t visited = -1;  // its place in the forest that is being listed
     Evictable::node_type ticket;  // its entry of evictable_, kept here while not entered: listing never allocates
   };
 

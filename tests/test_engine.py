@@ -370,7 +370,9 @@ def test_a_reward_model_cannot_be_the_policy_nor_a_policy_the_prm(models):
 
 def test_the_default_settings_are_valid_and_frozen():
     config = EngineConfig()
-    assert config.attention == "per_branch" and EngineConfig(deterministic=True).attention == "reference"
+    assert config.attention == EngineConfig(deterministic=True).attention == "native"
+    assert EngineConfig(device="cuda").attention == "per_branch"
+    assert EngineConfig(device="cuda", deterministic=True).attention == "reference"
     with pytest.raises(AttributeError):
         config.dtype = "bfloat16"
 

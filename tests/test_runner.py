@@ -22,7 +22,7 @@ def runner(num_blocks: int = 32, block_size: int = 4) -> ModelRunner:
     return ModelRunner(ChainDecoder(tiny_spec(), {}), make_backend("reference"), num_blocks=num_blocks, block_size=block_size)
 
 
-@pytest.mark.parametrize("backend", ["reference", "per_branch"])
+@pytest.mark.parametrize("backend", ["reference", "per_branch", "native"])
 def test_a_prompt_its_steps_and_open_leases_in_one_forward_give_transformers_logits(tmp_path, backend):
     model = random_policy_directory(tmp_path, seed=3)
     out = ModelRunner(load_decoder(tmp_path), make_backend(backend), num_blocks=24, block_size=4)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tts_engine.sampling import Sampling, gumbel, philox, philox_key, sample
+from tts_engine.sampling import Sampling, gumbel, philox, philox_key, sample, sample_slowly
 
 KEY = np.array([[1, 2]], np.uint32)
 
@@ -19,9 +19,8 @@ def noise(identity: int, position: int = 0, key: np.ndarray = KEY, vocab_size: i
 
 def draw(logits: torch.Tensor, sampling: Sampling, count: int, start: int = 0) -> np.ndarray:
     """`count` draws of different identities from one row of logits."""
-    rows = logits.expand(count, -1)
     identities = np.arange(start, start + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return sample(rows, sampling, np.repeat(KEY, count, axis=0), identities, np.full(count, 5))
+    return sample(logits, np.zeros(count, np.int64), sampling, np.repeat(KEY, count, axis=0), identities, np.full(count, 5))
 
 
 @pytest.mark.parametrize(
@@ -94,8 +93,32 @@ def test_tokens_come_as_often_as_softmax_says(temperature):
 
 def test_temperature_0_takes_the_likeliest_token():
     logits = torch.randn(9, 33, generator=torch.Generator().manual_seed(1))
-    out = sample(logits, Sampling(temperature=0.0), np.repeat(KEY, 9, axis=0), np.arange(9, dtype=np.uint64), np.zeros(9, np.int64))
-    np.testing.assert_array_equal(out, logits.argmax(-1).numpy())
+    rows = np.array([3, 0, 8, 8, 1])
+    for draw_tokens in (sample, sample_slowly):
+        out = draw_tokens(logits, rows, Sampling(temperature=0.0), np.repeat(KEY, 5, axis=0), np.arange(5, dtype=np.uint64), rows)
+        np.testing.assert_array_equal(out, logits.argmax(-1).numpy()[rows])
+
+
+@pytest.mark.parametrize("vocab_size", [1, 3, 63, 64, 65, 130, 5000])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0, 40.0])
+def test_the_fast_sampler_draws_what_the_definition_draws(vocab_size, spread):
+    """Flat logits, where every token may win, to peaked ones; holes and shared rows; any temperature, threads, restriction."""
+    gen, rng = torch.Generator().manual_seed(vocab_size), np.random.default_rng(vocab_size)
+    logits = spread * torch.randn(7, vocab_size, generator=gen)
+    logits[:3, 1::3] = -torch.inf
+    rows = rng.integers(7, size=60)
+    keys, identities = rng.integers(2**32, size=(60, 2), dtype=np.uint32), rng.integers(2**63, size=60).astype(np.uint64)
+    positions = rng.integers(5000, size=60)
+    before = torch.get_num_threads()
+    for number, temperature in enumerate((0.05, 0.7, 1.0, 3.0)):
+        for limits in ({}, {"top_k": 2}, {"top_p": 0.6}):
+            sampling = Sampling(temperature=temperature, **limits)
+            torch.set_num_threads(1 + number)
+            try:
+                out = sample(logits, rows, sampling, keys, identities, positions)
+            finally:
+                torch.set_num_threads(before)
+            np.testing.assert_array_equal(out, sample_slowly(logits, rows, sampling, keys, identities, positions))
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (5, 1.0), (0, 0.3), (0, 0.9), (5, 0.8), (3, 0.95), (50, 1.0)])

@@ -67,7 +67,7 @@ size = number(read_bytes, lambda value: value >= 1, "a number of bytes such as 5
 ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
     ("dtype", str, "float32 or bfloat16 (default float32)"),
     ("device", str, "cpu or cuda (default cpu)"),
-    ("backend", str, "attention: per_branch or reference (default per_branch; reference with --deterministic)"),
+    ("backend", str, "attention: native, per_branch or reference (default: native on a CPU)"),
     ("kv_bytes", size, "keys and values of both models, in bytes; 512M, 4G (default 512M)"),
     ("block_size", whole, f"tokens a KV block (default 16; {BLOCK_SIZE} for the models that ship)"),
     ("max_rows", whole, "draws decoded side by side (default 512)"),

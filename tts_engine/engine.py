@@ -48,7 +48,7 @@ class EngineConfig:
 
     dtype: str = "float32"
     device: str = "cpu"
-    backend: str | None = None  # None: "per_branch", or "reference" when deterministic
+    backend: str | None = None  # None: "native" on a CPU; elsewhere "per_branch", or "reference" when deterministic
     kv_bytes: int = 512 << 20
     block_size: int = 16
     max_rows: int = 512
@@ -66,12 +66,13 @@ class EngineConfig:
         for name in ("kv_bytes", "block_size", "max_rows", "max_step_tokens", "max_tokens"):
             if getattr(self, name) < 1:
                 raise EngineError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.deterministic and self.backend not in (None, "reference"):
-            raise EngineError(f"backend={self.backend!r} is not batch-invariant; deterministic=True needs 'reference'")
+        make_backend(self.attention, self.device, deterministic=self.deterministic)
 
     @property
     def attention(self) -> str:
-        return self.backend or ("reference" if self.deterministic else "per_branch")
+        if self.backend is not None or self.device == "cpu":
+            return self.backend or "native"
+        return "reference" if self.deterministic else "per_branch"
 
 
 @dataclass(slots=True, eq=False)
@@ -114,8 +115,9 @@ class Engine:
         if num_blocks < 1:
             raise EngineError(f"kv_bytes={config.kv_bytes} holds no block of {config.block_size} tokens: one takes "
                               f"{sum(token_bytes_each) * config.block_size} bytes over both models")  # fmt: skip
-        backend = make_backend(config.attention, device)
-        runners = [ModelRunner(decoder, backend, num_blocks=num_blocks, block_size=config.block_size) for decoder in decoders]
+        backends = [make_backend(config.attention, device, deterministic=config.deterministic) for _ in decoders]
+        runners = [ModelRunner(decoder, backend, num_blocks=num_blocks, block_size=config.block_size)
+                   for decoder, backend in zip(decoders, backends, strict=True)]  # fmt: skip
         tokenizer = load_tokenizer(directories[0])
         spec = decoders[0].spec
         if not spec.lm_head:

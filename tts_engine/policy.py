@@ -336,7 +336,7 @@ class Policy:
                 continue
             rows, who = sources[at], places[at]
             positions = self._path_start[who] + self._length[who]
-            tokens[at] = sample(logits[rows], sampling, self._key[who], self._identity[who], positions)
+            tokens[at] = sample(logits, rows, sampling, self._key[who], self._identity[who], positions)
         return tokens
 
     def _append(self, places: np.ndarray, tokens: np.ndarray) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .attention.base import AttentionBackend, BatchLayout
 from .errors import OutOfBlocks
 from .kv.cache import KVCache
-from .kv.tree import NO_NODE, KVTree, blocks_needed
+from .kv.tree import NO_NODE, KVTree, TreePaths, blocks_needed
 from .ledger import ModelLedger
 from .models.decoder import Decoder
 
@@ -76,13 +76,15 @@ class ModelRunner:
         np.cumsum(s.counts, out=row_starts[1:])
         within = np.arange(row_starts[-1]) - np.repeat(row_starts[:-1], s.counts)
         positions = (np.repeat(s.path_starts + s.starts, s.counts) + within).astype(np.int64)
-        lens = s.context_lens
+        lens = s.context_lens.astype(np.int32)
         layout = BatchLayout(
+            rows=s.handles,
+            starts=s.starts,
+            row_starts=row_starts,
             positions=positions,
             write_slots=self.tree.write_slots(s.handles, s.is_lease, s.starts, s.counts),
-            row_starts=row_starts,
-            context_slots=self.tree.context_slots(s.handles, s.is_lease, lens),
-            context_lens=lens.astype(np.int32),
+            context_lens=lens,
+            paths=TreePaths(self.tree, s.handles, s.is_lease, s.starts + s.counts, lens),
         )
         device = self.decoder.device
         given = (s.token_ids, positions, read_at)

@@ -2,19 +2,22 @@
 
 The next token of a branch is argmax over v of logit_v / T + Gumbel(u_v), u_v = Philox4x32-10 under key (seed, problem) at counter
 (v // 4, position, child identity), word v % 4 (Salmon et al. 2011). So a token depends on its branch and its logits, never on the
-batch, the device or the order of work. T = 0 is greedy. Written for clarity in numpy; this is the definition.
+batch, the device or the order of work. T = 0 is greedy. `sample_slowly` is the definition, in numpy; `sample` is what runs.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import _C  # type: ignore[attr-defined]
+
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
+DRAW_DTYPES = (np.int64, np.uint32, np.uint64, np.int64)  # of rows, keys, identities, positions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +67,29 @@ def gumbel(keys: np.ndarray, identities: np.ndarray, positions: np.ndarray, voca
     return (-np.log(-np.log(uniform))).astype(np.float32)
 
 
-def sample(logits: Tensor, sampling: Sampling, keys: np.ndarray, identities: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Token ids int64 [B] for logits float32 [B, V]; every row is a branch of its own (see `gumbel`)."""
+def sample(logits: Tensor, rows: np.ndarray, sampling: Sampling, keys: np.ndarray, identities: np.ndarray,
+           positions: np.ndarray) -> np.ndarray:  # fmt: skip
+    """Token ids int64 [B] for draws from rows int64 [B] of logits float32 [R, V]; several draws may share a row (see `gumbel`).
+
+    On a CPU a token whose logit is too far below the row's best for any 32-bit noise to lift it gets no random number.
+    """
     if sampling.temperature == 0:
-        return logits.argmax(dim=-1).numpy(force=True)
-    scaled = logits / sampling.temperature
+        return logits.argmax(dim=-1).numpy(force=True)[rows]
+    if sampling.top_k or sampling.top_p < 1:
+        logits = logits.masked_fill(_restrict(logits / sampling.temperature, sampling).isneginf(), float("-inf"))
+    if logits.device.type != "cpu":
+        return sample_slowly(logits, rows, replace(sampling, top_k=0, top_p=1.0), keys, identities, positions)
+    logits, given = logits.contiguous(), zip((rows, keys, identities, positions), DRAW_DTYPES, strict=True)
+    columns = (np.ascontiguousarray(column, dtype) for column, dtype in given)
+    return _C.sample(logits.data_ptr(), *logits.shape, sampling.temperature, *columns, torch.get_num_threads())
+
+
+def sample_slowly(logits: Tensor, rows: np.ndarray, sampling: Sampling, keys: np.ndarray, identities: np.ndarray,
+                  positions: np.ndarray) -> np.ndarray:  # fmt: skip
+    """What `sample` must return."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1).numpy(force=True)[rows]
+    scaled = logits[torch.from_numpy(rows).to(logits.device)] / sampling.temperature
     if sampling.top_k or sampling.top_p < 1:
         scaled = _restrict(scaled, sampling)
     noise = torch.from_numpy(gumbel(keys, identities, positions, logits.shape[-1])).to(logits.device)

@@ -1,5 +1,6 @@
 """Doubles and makers that tests and benches share. Part of the package so that no test copies them."""
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -156,6 +157,52 @@ def random_model(family: str, *, seed: int = 0, **sizes: Any) -> Any:
     return model
 
 
+@dataclass(frozen=True, slots=True)
+class ListedPaths:
+    """Paths written out: row b is slots[b]. Rows that begin with the same slots share them."""
+
+    slots: Sequence[Sequence[int]]
+
+    def context_slots(self) -> Any:
+        import numpy as np
+
+        context = np.zeros((len(self.slots), max(len(path) for path in self.slots)), np.int32)
+        for b, path in enumerate(self.slots):
+            context[b, : len(path)] = path
+        return context
+
+    def forest(self) -> Any:
+        """A node ends wherever rows part or one ends."""
+        import numpy as np
+
+        from . import _C  # type: ignore[attr-defined]
+
+        parents, runs, node_of = list[int](), list[list[int]](), [0] * len(self.slots)
+
+        def place(rows: list[int], depth: int, parent: int) -> None:
+            by_slot: dict[int, list[int]] = {}
+            for row in rows:
+                if depth == len(self.slots[row]):
+                    node_of[row] = parent
+                else:
+                    by_slot.setdefault(self.slots[row][depth], []).append(row)
+            for group in by_slot.values():
+                end = depth + 1
+                while all(len(self.slots[row]) > end and self.slots[row][end] == self.slots[group[0]][end] for row in group):
+                    end += 1
+                parents.append(parent)
+                runs.append(list(self.slots[group[0]][depth:end]))
+                place(group, end, len(parents) - 1)
+
+        place(list(range(len(self.slots))), 0, -1)
+        lens = [len(run) for run in runs]
+        columns = (parents, np.cumsum([0, *lens[:-1]]), lens, node_of, sum(runs, []))
+        return _C.Forest(*(np.array(column, np.int32) for column in columns))
+
+
+_handles = itertools.count()  # of rows: those of one layout are never those of another
+
+
 def flat_layout(slots: Sequence[Sequence[int]], new: Sequence[int]) -> Any:
     """A BatchLayout written out: row b is the path that lies in slots[b], of which the last new[b] tokens are computed now."""
     import numpy as np
@@ -163,16 +210,17 @@ def flat_layout(slots: Sequence[Sequence[int]], new: Sequence[int]) -> Any:
     from .attention.base import BatchLayout
 
     lens = np.array([len(path) for path in slots], np.int32)
-    context = np.zeros((len(slots), lens.max()), np.int32)
-    for b, path in enumerate(slots):
-        context[b, : len(path)] = path
     starts = [length - count for length, count in zip(lens, new, strict=True)]
+    paths = ListedPaths(slots)
+    forest = paths.forest()
     return BatchLayout(
+        rows=np.array([next(_handles) for _ in slots], np.int64),
+        starts=(forest.len[forest.node] - new).astype(np.int32),
+        row_starts=np.concatenate([[0], np.cumsum(new)]).astype(np.int32),
         positions=np.concatenate([np.arange(start, length) for start, length in zip(starts, lens, strict=True)]).astype(np.int64),
         write_slots=np.concatenate([path[start:] for path, start in zip(slots, starts, strict=True)]).astype(np.int64),
-        row_starts=np.concatenate([[0], np.cumsum(new)]).astype(np.int32),
-        context_slots=context,
         context_lens=lens,
+        paths=paths,
     )
 
 

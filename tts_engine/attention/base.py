@@ -1,6 +1,7 @@
 """The two verbs of every attention backend, and the shape of one forward as the host knows it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,7 +10,19 @@ from torch import Tensor
 from ..kv.cache import KVCache
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class Paths(Protocol):
+    """What lies in the KV tree before and under the rows of one batch."""
+
+    def context_slots(self) -> np.ndarray:
+        """int32 [B, C]: slots of each row's whole path, its own tokens last; 0 beyond the length."""
+        ...
+
+    def forest(self) -> Any:
+        """The same node by node, nodes that rows share once: a _C.Forest."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchLayout:
     """B rows of new tokens, T in all. A row is a run of consecutive new tokens of one node (or open step) of the KV tree.
 
@@ -18,18 +31,26 @@ class BatchLayout:
     forward: all new keys and values of a layer are written before any are read.
     """
 
+    rows: np.ndarray  # int64 [B], handles of the nodes or open steps; of one tree, equal handles mean equal paths
+    starts: np.ndarray  # int32 [B], tokens of the row's own node that were written before
+    row_starts: np.ndarray  # int32 [B + 1], tokens of row b are row_starts[b] : row_starts[b + 1]
     positions: np.ndarray  # int64 [T], place of each token on its path, the prompt's first token at 0
     write_slots: np.ndarray  # int64 [T], where each new token's key and value go
-    row_starts: np.ndarray  # int32 [B + 1], tokens of row b are row_starts[b] : row_starts[b + 1]
-    context_slots: np.ndarray  # int32 [B, C], slots of the whole path, the row's own tokens last; 0 beyond the length
     context_lens: np.ndarray  # int32 [B]
+    paths: Paths
+
+    @cached_property
+    def context_slots(self) -> np.ndarray:
+        return self.paths.context_slots()
 
 
 class AttentionBackend(Protocol):
-    """`plan` is host work, once per forward; `run` is called once per layer with that plan."""
+    """Serves one model. `plan` is host work, once per forward; `run` is called once per layer with that plan."""
 
     name: str
+    devices: tuple[str, ...]  # kinds of torch devices it runs on
     has_windows: bool  # `run` takes a window
+    batch_invariant: bool  # when made with deterministic=True, a token's bits do not depend on what else is in the batch
 
     def plan(self, layout: BatchLayout) -> Any: ...
 

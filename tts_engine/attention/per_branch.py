@@ -37,9 +37,11 @@ class _Plan:
 
 class PerBranchAttention:
     name = "per_branch"
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    batch_invariant = False
     has_windows = False
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", *, deterministic: bool = False) -> None:
         self._device = device
 
     def plan(self, layout: BatchLayout) -> _Plan:

@@ -14,9 +14,11 @@ from .base import BatchLayout
 
 class ReferenceAttention:
     name = "reference"
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    batch_invariant = True
     has_windows = True
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", *, deterministic: bool = False) -> None:
         self._device = device
 
     def plan(self, layout: BatchLayout) -> tuple[Tensor, list[Tensor]]:

@@ -5,7 +5,8 @@ one raises ValueError, always. Blocks are free, filling (leased), pinned (needed
 """
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -146,6 +147,11 @@ class KVTree:
         self._tree.context_slots(_array(handles, np.int64), _array(is_lease, np.bool_), lens, out)
         return out
 
+    def forest(self, handles: ArrayLike, is_lease: ArrayLike, ends: ArrayLike) -> Any:
+        """The distinct nodes under rows handles int64 [B], is_lease bool [B], each with its first ends[b] int32 tokens: a
+        _C.Forest. ValueError if a row has fewer."""
+        return self._tree.forest(_array(handles, np.int64), _array(is_lease, np.bool_), _array(ends, np.int32))
+
     def write_slots(
         self, handles: ArrayLike, is_lease: ArrayLike, starts: ArrayLike, counts: ArrayLike, out: np.ndarray | None = None
     ) -> np.ndarray:
@@ -159,6 +165,23 @@ class KVTree:
             out = np.empty(int(counts.sum()), np.int64)
         self._tree.write_slots(_array(handles, np.int64), _array(is_lease, np.bool_), _array(starts, np.int32), counts, out)
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class TreePaths:
+    """The paths of a batch's rows: row b is a node, or a lease, with its first ends[b] tokens and all that is above it."""
+
+    tree: KVTree
+    handles: np.ndarray  # int64 [B]
+    is_lease: np.ndarray  # bool [B]
+    ends: np.ndarray  # int32 [B], of the row's own tokens
+    lens: np.ndarray  # int32 [B], of the whole path up to there
+
+    def context_slots(self) -> np.ndarray:
+        return self.tree.context_slots(self.handles, self.is_lease, self.lens)
+
+    def forest(self) -> Any:
+        return self.tree.forest(self.handles, self.is_lease, self.ends)
 
 
 def _array(values: ArrayLike, dtype: type) -> np.ndarray:

@@ -1,0 +1,355 @@
+// The kernel of tree_attention.h for one instruction set. Included by tree_attention_<isa>.cpp, which says how wide a vector is
+// (TTS_LANES floats), how large a block of a product stays in registers (TTS_BLOCK_ROWS x TTS_BLOCK_VECTORS), and whether there
+// is an instruction for pairs of bfloat16 (TTS_BF16_DOT); everything else is arithmetic on the compiler's vectors.
+//
+// Both products run through one loop over "units": a 32-bit word that holds one float or a pair of bfloat16. Queries and
+// probabilities are rows of units; keys are packed [unit of D][key], values [unit of keys][D].
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "tree_attention.h"
+#include "tree_attention_isa.h"
+
+namespace tts {
+namespace TTS_ISA {
+namespace {
+
+constexpr int kLanes = TTS_LANES, kRows = TTS_BLOCK_ROWS, kVectors = TTS_BLOCK_VECTORS;
+constexpr int kChunk = 64;  // keys that are packed, scored and summed at a time
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+template <class T>
+inline T load(const void* from) {
+  T x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return x;
+}
+
+template <class T>
+inline void store(void* to, T x) {
+  __builtin_memcpy(to, &x, sizeof x);
+}
+
+inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+
+inline Ints lane_numbers() {
+  Ints x;
+  for (int i = 0; i < kLanes; ++i) x[i] = i;
+  return x;
+}
+
+inline float highest(Floats x) {
+  for (int step = kLanes / 2; step; step /= 2) x = maximum(x, __builtin_shuffle(x, lane_numbers() ^ step));
+  return x[0];
+}
+
+inline float total(Floats x) {
+  for (int step = kLanes / 2; step; step /= 2) x = x + __builtin_shuffle(x, lane_numbers() ^ step);
+  return x[0];
+}
+
+// 2^x for x <= 0, to 2e-7 relative; 2^-126 for all that is smaller.
+inline Floats exp2(Floats x) {
+  const Floats shift = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  x = maximum(x, Floats{} - 126.0f);
+  const Floats whole = (x + shift) - shift, f = x - whole;
+  Floats y = Floats{} + 1.5403530e-4f;  // ln(2)^k / k!, k = 6 ... 0
+  y = y * f + 1.3333558e-3f;
+  y = y * f + 9.6181291e-3f;
+  y = y * f + 5.5504109e-2f;
+  y = y * f + 2.4022651e-1f;
+  y = y * f + 6.9314718e-1f;
+  y = y * f + 1.0f;
+  const Ints power = __builtin_convertvector(whole, Ints) << 23;
+  return (Floats)((Ints)y + power);
+}
+
+struct Float32 {
+  static constexpr int kPerUnit = 1;
+  using Type = float;
+  static Floats multiply_add(Floats sum, Words a, Words b) { return sum + (Floats)a * (Floats)b; }
+  static void put(void* to, Floats x) { store(to, x); }
+  static void put_scalar(Type* to, float x) { *to = x; }
+  // Values of up to one unit of keys, D of each, side by side as units.
+  static void pack_values(const Type* const* rows, int, int dim, uint32_t* to) { std::memcpy(to, rows[0], 4 * dim); }
+};
+
+struct BFloat16 {
+  static constexpr int kPerUnit = 2;
+  using Type = uint16_t;
+  static Floats multiply_add(Floats sum, Words a, Words b) {
+#if TTS_BF16_DOT
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)a);
+#else
+    const Words high = Words{} + 0xffff0000u;
+    sum = sum + (Floats)(a << 16) * (Floats)(b << 16);
+    return sum + (Floats)(a & high) * (Floats)(b & high);
+#endif
+  }
+  // To the nearest, ties to even. No NaN comes here.
+  static void put(void* to, Floats x) {
+    const Words bits = (Words)x;
+    store(to, __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Halves));
+  }
+  static void put_scalar(Type* to, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    *to = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  }
+  static void pack_values(const Type* const* rows, int num_rows, int dim, uint32_t* to) {
+    int d = 0;
+    if (num_rows == 2)
+      for (; d + kLanes <= dim; d += kLanes) {
+        const Words low = __builtin_convertvector(load<Halves>(rows[0] + d), Words);
+        const Words high = __builtin_convertvector(load<Halves>(rows[1] + d), Words);
+        store(to + d, low | (high << 16));
+      }
+    for (; d < dim; ++d) to[d] = rows[0][d] | (num_rows == 2 ? static_cast<uint32_t>(rows[1][d]) << 16 : 0u);
+  }
+};
+
+// c [R, C vectors] (+)= a [R, units] b [units, C vectors], everything in registers; strides in units and floats.
+template <class E, int R, int C>
+inline void block(const uint32_t* a, int lda, const uint32_t* b, int ldb, int units, float* c, int ldc, bool add) {
+  Floats sum[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < C; ++j) sum[r][j] = add ? load<Floats>(c + r * ldc + j * kLanes) : Floats{};
+  for (int u = 0; u < units; ++u) {
+    Words right[C];
+    for (int j = 0; j < C; ++j) right[j] = load<Words>(b + static_cast<int64_t>(u) * ldb + j * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const Words left = Words{} + a[r * lda + u];
+      for (int j = 0; j < C; ++j) sum[r][j] = E::multiply_add(sum[r][j], left, right[j]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < C; ++j) store(c + r * ldc + j * kLanes, sum[r][j]);
+}
+
+template <class E, int R>
+void rows_times(const uint32_t* a, int lda, const uint32_t* b, int ldb, int units, int vectors, float* c, int ldc, bool add) {
+  int j = 0;
+  for (; j + kVectors <= vectors; j += kVectors)
+    block<E, R, kVectors>(a, lda, b + j * kLanes, ldb, units, c + j * kLanes, ldc, add);
+  for (; j < vectors; ++j) block<E, R, 1>(a, lda, b + j * kLanes, ldb, units, c + j * kLanes, ldc, add);
+}
+
+// c [rows, vectors] (+)= a [rows, units] b [units, vectors] for at most kRows rows. A row's bits do not depend on the others.
+template <class E, int R = kRows>
+void times(int rows, const uint32_t* a, int lda, const uint32_t* b, int ldb, int units, int vectors, float* c, int ldc, bool add) {
+  if (rows == R) return rows_times<E, R>(a, lda, b, ldb, units, vectors, c, ldc, add);
+  if constexpr (R > 1) times<E, R - 1>(rows, a, lda, b, ldb, units, vectors, c, ldc, add);
+}
+
+template <class E>
+class Worker {
+ public:
+  using T = typename E::Type;
+
+  Worker(const TreePlan& plan, const AttentionCall& call)
+      : plan_(plan), call_(call), group_(call.num_heads / call.num_kv_heads), dim_(call.head_dim),
+        units_(call.head_dim / E::kPerUnit), width_((call.head_dim + kLanes - 1) / kLanes * kLanes),
+        scale_(1.44269504088896341f / __builtin_sqrtf(static_cast<float>(call.head_dim))),
+        keys_(static_cast<size_t>(units_) * kChunk), values_(static_cast<size_t>(kChunk / E::kPerUnit) * width_) {}
+
+  // One item of one KV head; its partial results go to `partials` [places, H, D + 2] where it has a slot.
+  void run(const Item& item, int kv_head, float* partials) {
+    const int rows = item.num_queries * group_;
+    load_queries(item, kv_head);
+    sums_.assign(static_cast<size_t>(rows) * width_, 0.0f);
+    weights_.assign(static_cast<size_t>(rows) * kLanes, 0.0f);
+    peaks_.assign(rows, -kInf);
+    for (int i = 0; i < item.count; ++i) attend(item, plan_.segments[plan_.item_segments[item.first + i]], kv_head);
+    for (int row = 0; row < rows; ++row) {
+      const int query = row / group_, head = kv_head * group_ + row % group_;
+      const float weight = total(load<Floats>(&weights_[static_cast<size_t>(row) * kLanes]));
+      const float* sum = &sums_[static_cast<size_t>(row) * width_];
+      if (item.slot < 0) {
+        write(item.query + query, head, sum, weight);
+      } else {
+        float* to = partials + (static_cast<int64_t>(item.slot + query) * call_.num_heads + head) * (dim_ + 2);
+        std::memcpy(to, sum, 4 * dim_);
+        to[dim_] = peaks_[row];
+        to[dim_ + 1] = weight;
+      }
+    }
+  }
+
+  // The partial results of one query and head put together, root first.
+  void merge(const Merge& merge, int query, int head, const float* partials) {
+    sums_.assign(width_, 0.0f);
+    float peak = -kInf, weight = 0;
+    const auto part = [&](int i) {
+      const int64_t place = plan_.merge_slots[merge.first + i] + query;
+      return partials + (place * call_.num_heads + head) * (dim_ + 2);
+    };
+    for (int i = 0; i < merge.count; ++i) peak = std::max(peak, part(i)[dim_]);
+    for (int i = 0; i < merge.count; ++i) {
+      const float* from = part(i);
+      if (from[dim_] == -kInf) continue;
+      const float share = exp2(Floats{} + (from[dim_] - peak))[0];
+      weight += share * from[dim_ + 1];
+      for (int d = 0; d < dim_; ++d) sums_[d] += share * from[d];
+    }
+    write(merge.query + query, head, sums_.data(), weight);
+  }
+
+ private:
+  void load_queries(const Item& item, int kv_head) {
+    queries_.resize(static_cast<size_t>(item.num_queries) * group_ * units_);
+    const size_t bytes = sizeof(T) * static_cast<size_t>(group_) * dim_;
+    for (int i = 0; i < item.num_queries; ++i) {
+      const T* from = static_cast<const T*>(call_.q) + plan_.order[item.query + i] * call_.q_stride +
+                      static_cast<int64_t>(kv_head) * group_ * dim_;
+      std::memcpy(&queries_[static_cast<size_t>(i) * group_ * units_], from, bytes);
+    }
+  }
+
+  // One segment for those of the item's queries that see it.
+  void attend(const Item& item, const Segment& segment, int kv_head) {
+    const int end = std::min(segment.hi, item.query + item.num_queries);
+    for (int at = 0; at < segment.len; at += kChunk) {
+      const int count = std::min(kChunk, segment.len - at);
+      const int begin = std::max(item.query, segment.lo + std::max(0, at - segment.start));
+      if (begin >= end) return;
+      pack(segment.offset + at, count, kv_head);
+      const int first_row = (begin - item.query) * group_, last_row = (end - item.query) * group_;
+      for (int row = first_row; row < last_row; row += kRows) {
+        const int rows = std::min(kRows, last_row - row);
+        int seen[kRows];
+        for (int r = 0; r < rows; ++r) {
+          const int query = item.query + (row + r) / group_;
+          seen[r] = std::min(count, segment.start + 1 + query - segment.lo - at);
+        }
+        absorb(row, rows, count, seen);
+      }
+    }
+  }
+
+  void pack(int first, int count, int kv_head) {
+    const int64_t stride = static_cast<int64_t>(call_.num_kv_heads) * dim_;
+    const int64_t offset = static_cast<int64_t>(kv_head) * dim_;
+    const T* key_rows[kChunk];
+    const T* value_rows[kChunk];
+    for (int i = 0; i < count; ++i) {
+      const int64_t at = plan_.slots[first + i] * stride + offset;
+      key_rows[i] = static_cast<const T*>(call_.k) + at;
+      value_rows[i] = static_cast<const T*>(call_.v) + at;
+    }
+    for (int i = 0; i < count; i += kLanes) {
+      const int lanes = std::min(kLanes, count - i);
+      int unit = 0;
+      if (lanes == kLanes)
+        for (; unit + kLanes <= units_; unit += kLanes)
+          transpose(key_rows + i, unit, &keys_[static_cast<size_t>(unit) * kChunk + i]);
+      for (; unit < units_; ++unit) {
+        uint32_t* to = &keys_[static_cast<size_t>(unit) * kChunk + i];
+        for (int lane = 0; lane < lanes; ++lane) std::memcpy(to + lane, key_rows[i + lane] + unit * E::kPerUnit, 4);
+        for (int lane = lanes; lane < kLanes; ++lane) to[lane] = 0;
+      }
+    }
+    for (int i = 0; i < count; i += E::kPerUnit) {
+      uint32_t* to = &values_[static_cast<size_t>(i / E::kPerUnit) * width_];
+      E::pack_values(value_rows + i, std::min(E::kPerUnit, count - i), dim_, to);
+    }
+  }
+
+  // kLanes x kLanes units, from rows of keys to rows of units: halves of ever larger squares change places.
+  static void transpose(const T* const* rows, int unit, uint32_t* to) {
+    Words x[kLanes];
+    for (int i = 0; i < kLanes; ++i) x[i] = load<Words>(rows[i] + unit * E::kPerUnit);
+    for (int step = 1; step < kLanes; step *= 2)
+      for (int i = 0; i < kLanes; ++i)
+        if (!(i & step)) {
+          const Ints lane = lane_numbers(), upper = (lane & step) != 0;  // -1 where true
+          const Words a = x[i], b = x[i + step];
+          x[i] = __builtin_shuffle(a, b, (Words)(lane + (upper & (kLanes - step))));
+          x[i + step] = __builtin_shuffle(a, b, (Words)(lane + step + (upper & (kLanes - step))));
+        }
+    for (int i = 0; i < kLanes; ++i) store(to + i * kChunk, x[i]);
+  }
+
+  // The packed chunk of `count` keys for rows [row, row + rows), of which row r sees the first seen[r], at least one.
+  void absorb(int row, int rows, int count, const int* seen) {
+    const int vectors = (count + kLanes - 1) / kLanes;
+    times<E>(rows, &queries_[static_cast<size_t>(row) * units_], units_, keys_.data(), kChunk, units_, vectors, scores_, kChunk, false);
+    for (int r = 0; r < rows; ++r) weigh(row + r, seen[r], vectors, scores_ + r * kChunk, shares_ + r * kChunk);
+    times<E>(rows, reinterpret_cast<const uint32_t*>(shares_), kChunk / E::kPerUnit, values_.data(), width_,
+             (count + E::kPerUnit - 1) / E::kPerUnit, width_ / kLanes, &sums_[static_cast<size_t>(row) * width_], width_, true);
+  }
+
+  // Scores of one row to shares relative to its peak so far; what was summed before is brought to that peak.
+  void weigh(int row, int seen, int vectors, const float* scores, T* shares) {
+    const Floats nothing = Floats{} - kInf;
+    Floats x[kChunk / kLanes], top = nothing;
+    for (int j = 0; j < vectors; ++j) {
+      const Floats score = load<Floats>(scores + j * kLanes);
+      x[j] = lane_numbers() + j * kLanes < seen ? score : nothing;
+      top = maximum(top, x[j]);
+    }
+    const float before = peaks_[row];
+    const float peak = std::max(before, scale_ * highest(top));
+    const float base = peak == -kInf ? 0.0f : peak;
+    Floats weight = load<Floats>(&weights_[static_cast<size_t>(row) * kLanes]);
+    if (peak != before) {
+      peaks_[row] = peak;
+      const Floats fade = before == -kInf ? Floats{} : exp2(Floats{} + (before - base));
+      weight *= fade;
+      float* sum = &sums_[static_cast<size_t>(row) * width_];
+      for (int d = 0; d < width_; d += kLanes) store(sum + d, load<Floats>(sum + d) * fade);
+    }
+    for (int j = 0; j < vectors; ++j) {
+      const Floats share = lane_numbers() + j * kLanes < seen ? exp2(x[j] * scale_ - base) : Floats{};
+      weight += share;
+      E::put(shares + j * kLanes, share);
+    }
+    store(&weights_[static_cast<size_t>(row) * kLanes], weight);
+  }
+
+  void write(int query, int head, const float* sum, float weight) {
+    T* to = static_cast<T*>(call_.out) + (static_cast<int64_t>(plan_.order[query]) * call_.num_heads + head) * dim_;
+    for (int d = 0; d < dim_; ++d) E::put_scalar(to + d, weight == 0 ? 0.0f : sum[d] / weight);
+  }
+
+  const TreePlan& plan_;
+  const AttentionCall& call_;
+  const int group_, dim_, units_, width_;
+  const float scale_;  // brings scores to base 2
+  std::vector<uint32_t> keys_, values_, queries_;
+  std::vector<float> sums_, weights_, peaks_;  // by row: [D] and [kLanes] not yet divided, and the highest score
+  alignas(64) float scores_[kRows * kChunk];
+  alignas(64) T shares_[kRows * kChunk];
+};
+
+template <class E>
+void run_all(const TreePlan& plan, const AttentionCall& call, int num_threads) {
+  std::vector<float> partials(static_cast<size_t>(plan.num_partials) * call.num_heads * (call.head_dim + 2));
+  const int num_jobs = static_cast<int>(plan.items.size()) * call.num_kv_heads;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+  {
+    Worker<E> worker(plan, call);
+#pragma omp for schedule(dynamic)
+    for (int job = 0; job < num_jobs; ++job)
+      worker.run(plan.items[job / call.num_kv_heads], job % call.num_kv_heads, partials.data());
+    for (const Merge& merge : plan.merges) {
+#pragma omp for schedule(static) nowait
+      for (int i = 0; i < merge.num_queries * call.num_heads; ++i)
+        worker.merge(merge, i / call.num_heads, i % call.num_heads, partials.data());
+    }
+  }
+}
+
+}  // namespace
+
+void tree_attention(const TreePlan& plan, const AttentionCall& call, int num_threads) {
+  call.element == Element::kFloat32 ? run_all<Float32>(plan, call, num_threads) : run_all<BFloat16>(plan, call, num_threads);
+}
+
+}  // namespace TTS_ISA
+}  // namespace tts

@@ -1,0 +1,186 @@
+#include "tree_plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+
+namespace tts {
+namespace {
+
+constexpr int32_t kNobody = -1;
+
+[[noreturn]] void refuse(const std::string& sentence) { throw std::invalid_argument("a tree plan: " + sentence); }
+
+// Children of every node, in the order of their first slots: the same whatever order the rows came in.
+struct Children {
+  std::vector<int32_t> begin, list;  // [N + 2] by parent, the tops' first; all nodes
+
+  explicit Children(const Forest& forest) : begin(forest.parent.size() + 2, 0), list(forest.parent.size()) {
+    const int32_t count = static_cast<int32_t>(forest.parent.size());
+    for (int32_t parent : forest.parent) ++begin[parent + 2];
+    std::partial_sum(begin.begin(), begin.end(), begin.begin());
+    std::vector<int32_t> at(begin.begin(), begin.end() - 1);
+    for (int32_t node = 0; node < count; ++node) list[at[forest.parent[node] + 1]++] = node;
+    const auto key = [&](int32_t node) { return forest.len[node] ? forest.slots[forest.first[node]] : -1; };
+    for (int32_t parent = 0; parent <= count; ++parent)
+      std::sort(list.begin() + begin[parent], list.begin() + begin[parent + 1],
+                [&](int32_t a, int32_t b) { return key(a) < key(b); });
+  }
+
+  const int32_t* of(int32_t node) const { return list.data() + begin[node + 1]; }
+  int32_t count(int32_t node) const { return begin[node + 2] - begin[node + 1]; }
+};
+
+void check(const Forest& forest, const int32_t* starts, const int32_t* row_starts, size_t num_rows) {
+  const size_t count = forest.parent.size();
+  if (forest.first.size() != count || forest.len.size() != count || forest.node.size() != num_rows)
+    refuse("its arrays differ in length");
+  for (size_t node = 0; node < count; ++node) {
+    if (forest.parent[node] < kNobody || forest.parent[node] >= static_cast<int64_t>(node))
+      refuse("node " + std::to_string(node) + " comes before its parent");
+    if (forest.first[node] < 0 || forest.len[node] < 0 ||
+        forest.first[node] + static_cast<int64_t>(forest.len[node]) > static_cast<int64_t>(forest.slots.size()))
+      refuse("node " + std::to_string(node) + " has slots beyond those given");
+  }
+  if (row_starts[0] != 0) refuse("its rows do not begin at token 0");
+  std::vector<bool> taken(count, false);
+  for (size_t row = 0; row < num_rows; ++row) {
+    const int32_t node = forest.node[row];
+    if (node < 0 || node >= static_cast<int64_t>(count) || taken[node])
+      refuse("row " + std::to_string(row) + " stands on no node of its own");
+    taken[node] = true;
+    if (starts[row] < 0 || row_starts[row + 1] < row_starts[row] ||
+        starts[row] + static_cast<int64_t>(row_starts[row + 1] - row_starts[row]) != forest.len[node])
+      refuse("row " + std::to_string(row) + " does not end where its node's written tokens do");
+  }
+}
+
+}  // namespace
+
+TreePlan::TreePlan(const Forest& forest, const int32_t* starts, const int32_t* row_starts, size_t num_rows,
+                   const PlanOptions& options) {
+  check(forest, starts, row_starts, num_rows);
+  if (options.max_queries < 1 || options.split < 1 || options.reserve < 0) refuse("its options are out of range");
+  const int32_t num_nodes = static_cast<int32_t>(forest.parent.size());
+  const int32_t num_queries = row_starts[num_rows];
+  const Children children(forest);
+  std::vector<int32_t> row_of(num_nodes, kNobody);
+  for (size_t row = 0; row < num_rows; ++row) row_of[forest.node[row]] = static_cast<int32_t>(row);
+  bool all_single = num_rows > 0;
+  for (size_t row = 0; row < num_rows; ++row) all_single &= row_starts[row + 1] - row_starts[row] == 1;
+
+  // Depth first: queries, and segments in the order of their paths. A segment is cut where its depth passes a multiple of
+  // `split`; `zone` counts the multiples.
+  std::vector<int32_t> zone, depth(num_nodes), open(num_nodes, kNobody);  // open: the segment that a node ended up in
+  std::vector<std::pair<int32_t, bool>> stack;                            // (node, has it been entered?)
+  order.reserve(num_queries);
+  slots.reserve(forest.slots.size() + (all_single ? num_rows * options.reserve : 0));
+  leaf_.assign(num_rows, kNobody);
+  growth_ = all_single ? options.reserve : 0;
+  std::vector<int32_t> first_segment(num_nodes);
+  for (int32_t i = children.count(kNobody); i-- > 0;) stack.emplace_back(children.of(kNobody)[i], false);
+  while (!stack.empty()) {
+    const int32_t node = stack.back().first;
+    if (stack.back().second) {
+      stack.pop_back();
+      for (int32_t s = first_segment[node]; s <= open[node]; ++s) segments[s].hi = static_cast<int32_t>(order.size());
+      continue;
+    }
+    stack.back().second = true;
+    const int32_t parent = forest.parent[node], row = row_of[node];
+    depth[node] = parent == kNobody ? 0 : depth[parent] + forest.len[parent];
+    const int32_t lo = static_cast<int32_t>(order.size());
+    const int32_t start = row == kNobody ? forest.len[node] : starts[row];
+    const bool joins = options.compress && parent != kNobody && row_of[parent] == kNobody && children.count(parent) == 1 &&
+                       open[parent] + 1 == static_cast<int32_t>(segments.size()) && open[parent] >= first_segment[parent];
+    first_segment[node] = static_cast<int32_t>(segments.size());
+    for (int32_t done = 0; done < forest.len[node];) {
+      const int32_t at = depth[node] + done;
+      const int32_t length = std::min(forest.len[node] - done, options.split - at % options.split);
+      // A piece that begins at a multiple of `split` never joins, so a path's pieces are the same however it is chained.
+      if (joins && !done && at % options.split) {
+        Segment& last = segments.back();
+        last.len += length;
+        last.start += std::min(start, length);
+        first_segment[node] = open[parent];
+      } else {
+        segments.push_back({static_cast<int32_t>(slots.size()), length, lo + std::max(0, done - start), 0,
+                            std::max(0, std::min(length, start - done))});
+        zone.push_back(at / options.split);
+      }
+      slots.insert(slots.end(), forest.slots.begin() + forest.first[node] + done,
+                   forest.slots.begin() + forest.first[node] + done + length);
+      done += length;
+    }
+    open[node] = static_cast<int32_t>(segments.size()) - 1;
+    if (row != kNobody) {
+      for (int32_t token = row_starts[row]; token < row_starts[row + 1]; ++token) order.push_back(token);
+      if (growth_) {
+        const int32_t end = depth[node] + forest.len[node];
+        growth_ = std::min(growth_, options.split - 1 - (end - 1) % options.split);
+        leaf_[row] = open[node];
+        if (children.count(node)) growth_ = 0;
+        slots.resize(slots.size() + options.reserve);
+      }
+    }
+    for (int32_t i = children.count(node); i-- > 0;) stack.emplace_back(children.of(node)[i], false);
+  }
+
+  // Tiles of neighbouring queries; a tile is one item a zone.
+  std::vector<int32_t> active, mine;  // segments that still have queries to come; those of the tile
+  std::vector<int64_t> cost;
+  size_t next = 0;
+  for (int32_t query = 0; query < num_queries; query += options.max_queries) {
+    const int32_t end = std::min(num_queries, query + options.max_queries);
+    active.erase(std::remove_if(active.begin(), active.end(), [&](int32_t s) { return segments[s].hi <= query; }), active.end());
+    for (; next < segments.size() && segments[next].lo < end; ++next)
+      if (segments[next].hi > segments[next].lo) active.push_back(static_cast<int32_t>(next));
+    mine = active;
+    std::stable_sort(mine.begin(), mine.end(), [&](int32_t a, int32_t b) { return zone[a] < zone[b]; });
+    const size_t first_item = items.size();
+    for (size_t i = 0; i < mine.size();) {
+      size_t j = i;
+      int64_t work = 0;
+      for (; j < mine.size() && zone[mine[j]] == zone[mine[i]]; ++j) {
+        const Segment& s = segments[mine[j]];
+        work += static_cast<int64_t>(std::min(s.hi, end) - std::max(s.lo, query)) * s.len;
+      }
+      items.push_back({query, end - query, static_cast<int32_t>(item_segments.size()), static_cast<int32_t>(j - i), kNobody});
+      item_segments.insert(item_segments.end(), mine.begin() + i, mine.begin() + j);
+      cost.push_back(work);
+      i = j;
+    }
+    if (items.size() - first_item > 1) {
+      merges.push_back({query, end - query, static_cast<int32_t>(merge_slots.size()),
+                        static_cast<int32_t>(items.size() - first_item)});
+      for (size_t i = first_item; i < items.size(); ++i) {
+        items[i].slot = num_partials;
+        merge_slots.push_back(num_partials);
+        num_partials += end - query;
+      }
+    }
+  }
+  std::vector<size_t> by_cost(items.size());
+  std::iota(by_cost.begin(), by_cost.end(), 0);
+  std::stable_sort(by_cost.begin(), by_cost.end(), [&](size_t a, size_t b) { return cost[a] > cost[b]; });
+  std::vector<Item> sorted;
+  sorted.reserve(items.size());
+  for (size_t i : by_cost) sorted.push_back(items[i]);
+  items = std::move(sorted);
+}
+
+bool TreePlan::grow(const int64_t* new_slots, size_t num_rows) {
+  if (!growth_ || num_rows != leaf_.size()) return false;
+  --growth_;
+  for (size_t row = 0; row < num_rows; ++row) {
+    Segment& leaf = segments[leaf_[row]];
+    slots[leaf.offset + leaf.len] = static_cast<int32_t>(new_slots[row]);
+    ++leaf.len;
+    ++leaf.start;
+  }
+  return true;
+}
+
+}  // namespace tts
