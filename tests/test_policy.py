@@ -14,14 +14,14 @@ from tts_engine import policy as room
 from tts_engine.attention import make_backend
 from tts_engine.branch import Finish, root_branch
 from tts_engine.ledger import PolicyLedger
-from tts_engine.models.tokenizer import load_tokenizer, token_bytes
+from tts_engine.models.tokenizer import encode_prompt, load_tokenizer, token_bytes
 from tts_engine.models.weights import load_decoder
 from tts_engine.policy import CLOSED, NO_TEXT, STEP_MARKERS, DrawContext, Limits, Policy, StepRule
 from tts_engine.runner import ModelRunner
 from tts_engine.sampling import Sampling, gumbel, philox_key, sample
 from tts_engine.search import Cot, Driver, Majority
 from tts_engine.search.requests import Expand
-from tts_engine.testing import chain_policy, check_blocks, draw_all, random_policy_directory
+from tts_engine.testing import ChainDecoder, chain_policy, check_blocks, draw_all, random_policy_directory, tiny_spec
 
 PROMPT = tuple(range(20, 37))  # 17 tokens: four blocks of 4 and one token
 
@@ -177,6 +177,44 @@ def test_steps_close_alike_however_real_vocabularies_cut_the_text(shared, name):
                 rule = StepRule([table[i] for i in used], [], len(used), mode)
                 closed[mode] += assert_closes_as_defined(rule, mode, [used.index(i) for i in ids])
     assert min(closed.values()) > 10
+
+
+class Scripted(ChainDecoder):
+    """Writes the tokens of `script` in their order, and notes what it is given to read at each position."""
+
+    def __init__(self, spec, script, prompt_tokens):
+        super().__init__(spec, {})
+        self.script, self.prompt_tokens, self.read = script, prompt_tokens, {}
+
+    def forward(self, token_ids, positions, *, read_at, **how):
+        self.read.update(zip(positions.tolist(), token_ids.tolist(), strict=True))
+        return positions[read_at]
+
+    def logits(self, hidden):
+        return torch.nn.functional.one_hot(torch.tensor(self.script)[hidden + 1 - self.prompt_tokens], self.spec.vocab_size).float()
+
+
+def test_a_policy_reads_again_what_it_thought_though_its_template_would_leave_it_out(shared):
+    directory = shared / "tokenizers" / "deepseek-r1-distill-qwen"
+    if not directory.is_dir():
+        pytest.skip(f"needs {directory}")
+    tokenizer = load_tokenizer(directory)
+    tokenizer.chat_template = (shared / "chat_templates" / "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B.jinja").read_text("utf-8")
+    thought, said = "First, x = 2.\n\nWait, no: x = 3.\n</think>\n\n", "So **x** is\n\n\\boxed{3}"
+    script = tokenizer(thought + said, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    prompt = encode_prompt(tokenizer, "What is x?")
+    decoder = Scripted(tiny_spec(vocab_size=len(tokenizer)), script, len(prompt))
+    runner = ModelRunner(decoder, make_backend("reference"), num_blocks=64, block_size=4)
+    policy = Policy(runner, StepRule(token_bytes(tokenizer), [tokenizer.eos_token_id], len(tokenizer)), max_rows=4)
+    drawn = draw_all(policy, rounds(root_branch(prompt), [1, 1, 1, 1, 1], policy), len(prompt))
+    (branch,) = (node for node in drawn.nodes if node.finished)
+    assert [step.text for step in branch.steps][0] == "First, x = 2.\n\n" and len(branch.steps) == 4
+    assert [token for step in branch.path for token in step.tokens] == prompt + script
+    assert [decoder.read[i] for i in range(len(prompt + script) - 1)] == (prompt + script)[:-1]
+
+    turns = [{"role": "user", "content": "What is x?"}, {"role": "assistant", "content": branch.solution}]
+    again = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert said in again and "x = 2" not in again
 
 
 def test_ids_beyond_the_tokenizer_add_nothing():

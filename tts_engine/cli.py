@@ -18,6 +18,7 @@ from .embedded import BLOCK_SIZE, MODELS, NAMES, model_path
 from .errors import EngineError
 from .report.versions import package_version
 from .search import METHODS, PRESETS, Method, make_method
+from .tasks.problems import A_FILE, TASKS, find_task
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 POLICY, PRM, METHOD, BUDGET = "policy-s", "prm-good", "beam", 16
@@ -75,7 +76,8 @@ ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
     ("max_tokens", whole, "tokens after which a solution is cut (default 8192)"),
     ("top_k", not_negative, "draw from the k likeliest tokens; 0 for all (default 0)"),
     ("top_p", share, "draw from the likeliest tokens of this joint probability (default 1.0)"),
-    ("system", str, "system message (default: to reason step by step and box the answer; none for the models that ship)"),
+    ("system", str, "system message, '' for none (default: the problem is put as the policy's family is used to)"),
+    ("steps", str, "what closes a step: blank-line, header (## Step) or numbered (Step 1:) (default blank-line)"),
     ("prm_family", str, "qwen2.5-math-prm or math-shepherd, where the PRM's files do not say"),
     ("deterministic", None, "a problem's tokens never depend on what runs beside it; slower"),
 ]
@@ -117,7 +119,7 @@ def make_parser() -> Parser:
     solve.add_argument("--tree", action="store_true", help="draw every step of the search")
 
     evaluate = verb("eval", run_eval, "search a task's problems, keep every step, report accuracy", engine, method, json_last)
-    evaluate.add_argument("--task", required=True, metavar="T", help="embedded, or a JSONL file with problem and answer fields")
+    evaluate.add_argument("--task", required=True, metavar="T", help=f"{', '.join(TASKS)}, or {A_FILE}")
     evaluate.add_argument("--split", default="test", help="of the task (default %(default)s)")
     evaluate.add_argument("--limit", type=whole, metavar="K", help="only the first K problems (default: all)")
     evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="made, or continued where it stopped")
@@ -163,9 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_solve(args: argparse.Namespace) -> int:
     method = chosen_method(args)
-    from .tasks.problems import BOXED_SYSTEM
-
-    policy, prm, settings = chosen_engine(args, method, BOXED_SYSTEM)
+    policy, prm, settings = chosen_engine(args, method)
     from .engine import Engine
     from .report.solution import solution
     from .report.tree import tree
@@ -186,11 +186,9 @@ def run_solve(args: argparse.Namespace) -> int:
 
 def run_eval(args: argparse.Namespace) -> int:
     method = chosen_method(args)
-    from .tasks.problems import find_task
-
     task = find_task(args.task)
     problems = task.load(args.split)
-    policy, prm, settings = chosen_engine(args, method, task.system)
+    policy, prm, settings = chosen_engine(args, method)
     from .engine import Engine, EngineConfig
     from .models.weights import resolve_checkpoint
     from .report.progress import Progress
@@ -304,17 +302,13 @@ def chosen_method(args: argparse.Namespace) -> Method:
     return make_method(args.method, **settings)
 
 
-def chosen_engine(
-    args: argparse.Namespace, method: Method, system: str | None
-) -> tuple[str | Path, str | Path | None, dict[str, Any]]:
+def chosen_engine(args: argparse.Namespace, method: Method) -> tuple[str | Path, str | Path | None, dict[str, Any]]:
     """Policy, PRM (none where the method reads none) and EngineConfig's settings, of options checked as far as they can be."""
     given = {name: getattr(args, name) for name, *_ in ENGINE_OPTIONS}
     settings = {name: value for name, value in given.items() if value is not None}
     ships = args.policy in NAMES
     if ships:
         settings.setdefault("block_size", BLOCK_SIZE)
-    elif system is not None:
-        settings.setdefault("system", system)
     prm = args.prm if args.prm is not None or not ships else PRM
     if method.uses_prm and prm is None:
         raise EngineError(f"{method.name} needs a PRM: give --prm")

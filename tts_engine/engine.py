@@ -19,9 +19,9 @@ from .branch import Branch, root_branch
 from .errors import EngineError
 from .ledger import Ledger
 from .models.heads import PairHead, TwoClassHead
-from .models.tokenizer import encode_prompt, end_ids, load_tokenizer, token_bytes
+from .models.tokenizer import chat_template, encode_prompt, end_ids, load_tokenizer, token_bytes
 from .models.weights import Checkpoint, load_decoder, resolve_checkpoint
-from .policy import DrawContext, Limits, Policy, StepRule
+from .policy import STEP_MARKERS, DrawContext, Limits, Policy, StepRule
 from .prm.families import FAMILIES, recognise
 from .prm.scorer import ScoreContext, Scorer
 from .prm.spec import TokenPair
@@ -33,6 +33,7 @@ from .search.voting import all_aggregates
 from .tasks.answers import extract_answer
 from .tasks.grader import Grader
 from .tasks.problems import Problem
+from .tasks.prompts import messages
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,7 +44,9 @@ class EngineConfig:
 
     kv_bytes: keys and values of both models together; each gets room for as many tokens. block_size: tokens a block; 4 or 8
     where steps are a dozen tokens. max_rows: draws decoded side by side. max_step_tokens, max_tokens: where a step and a
-    whole solution are cut. deterministic: a search's tokens never depend on what runs beside it, nor on evictions; slower.
+    whole solution are cut. system: a system message, "" for none; None asks as the policy's family is used to, see
+    tasks/prompts.py. steps: what closes a step, one of policy.STEP_MARKERS. deterministic: a search's tokens never depend on
+    what runs beside it, nor on evictions; slower.
     """
 
     dtype: str = "float32"
@@ -57,12 +60,15 @@ class EngineConfig:
     top_k: int = 0
     top_p: float = 1.0
     system: str | None = None
+    steps: str = "blank-line"
     prm_family: str | None = None
     deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise EngineError(f"no dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+        if self.steps not in STEP_MARKERS:
+            raise EngineError(f"steps={self.steps!r} is unknown; known: {', '.join(STEP_MARKERS)}")
         for name in ("kv_bytes", "block_size", "max_rows", "max_step_tokens", "max_tokens"):
             if getattr(self, name) < 1:
                 raise EngineError(f"{name}={getattr(self, name)} must be at least 1")
@@ -122,7 +128,7 @@ class Engine:
         spec = decoders[0].spec
         if not spec.lm_head:
             raise EngineError(f"{policy} is a reward model ({spec.architecture}) and cannot write: give it as the PRM")
-        rule = StepRule(token_bytes(tokenizer), end_ids(tokenizer, directories[0]), spec.vocab_size)
+        rule = StepRule(token_bytes(tokenizer), end_ids(tokenizer, directories[0]), spec.vocab_size, config.steps)
         scorer = make_scorer(runners[1], directories[1], config.prm_family) if prm is not None else None
         return cls(config, Policy(runners[0], rule, max_rows=config.max_rows), scorer, tokenizer, Grader())
 
@@ -205,7 +211,8 @@ class Engine:
     def _prompt(self, problem: Problem, method: Method) -> list[int]:
         """The prompt's token ids, once it is certain that the search can run."""
         runner, config = self.policy.runner, self.config
-        ids = encode_prompt(self.tokenizer, problem.problem, config.system)
+        system, user = messages(problem.problem, chat_template(self.tokenizer), config.system)
+        ids = encode_prompt(self.tokenizer, user, system)
         positions = runner.decoder.spec.max_positions
         if len(ids) >= positions:
             raise EngineError(f"problem {problem.id} has a prompt of {len(ids)} tokens and the policy {positions} positions: "

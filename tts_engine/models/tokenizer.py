@@ -1,14 +1,20 @@
 """Text to token ids and back: the checkpoint's own tokenizer and chat template, and the bytes each id stands for."""
 
 import json
+import re
+from collections.abc import Sequence
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
 
-# Llama's templates write today's date into the prompt unless told one; this is the default they carry.
+# Templates write today's date into the prompt. Some can be told one, and this is the default that Llama's carry; the others ask
+# for the time, and are given a clock that stands still.
 DATE = "26 Jul 2024"
+_CLOCK = "".join(f"|replace('%{c}','{datetime.strptime(DATE, '%d %b %Y'):%{c}}')" for c in "aAbBdHIjmMpSyY")
+STOPPED_CLOCK = f"{{% macro strftime_now(form) %}}{{{{ form{_CLOCK} }}}}{{% endmacro +%}}"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -33,28 +39,37 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def encode_prompt(tokenizer: Any, problem: str, system: str | None = None) -> list[int]:
-    """Ids of the prompt up to where the policy starts to write: the chat template where there is one, else problem and newline.
+def chat_template(tokenizer: Any) -> str | None:
+    """The template that a conversation is rendered with; None where the tokenizer has none."""
+    return tokenizer.get_chat_template() if tokenizer.chat_template else None
 
-    Text of a special token inside `problem` or `system` stays text: then the pieces around it are encoded apart, so a merge
-    across their borders is lost in that case only. Added tokens that the checkpoint does not mark special cannot be told from text.
+
+def encode_prompt(tokenizer: Any, user: str, system: str = "") -> list[int]:
+    """Ids of the prompt up to where the policy starts to write: the chat template where there is one, else a line a message.
+
+    Made once for a problem: whatever the policy writes is appended as the ids that it drew. Rendering the conversation again would
+    lose some of it, for templates rewrite what an assistant said (DeepSeek-R1's leaves out all that was thought).
+
+    Text of a control token (one that the checkpoint marks special, or that its template writes) stays text inside a message: the
+    pieces around it are then encoded apart, so a merge across their borders is lost in that case only. A template that refuses a
+    system message has it at the head of the user's. Raises ModelError for a template that fails, or shows no message of the user.
     """
-    if not tokenizer.chat_template:
-        text = f"{system}\n{problem}\n" if system else f"{problem}\n"
+    template = chat_template(tokenizer)
+    if template is None:
+        text = "".join(f"{message}\n" for message in (system, user) if message)
         return tokenizer(text, split_special_tokens=True)["input_ids"]
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": problem})
-    specials = [added.content for added in tokenizer.added_tokens_decoder.values() if added.special]
-    apart = {}  # placeholder -> the content that stands there
-    for i, message in enumerate(messages):
-        if any(special in message["content"] for special in specials):
-            placeholder = f"\ue000{i}\ue000"
-            apart[placeholder], message["content"] = message["content"], placeholder
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, date_string=DATE)
+    added = tokenizer.added_tokens_decoder.values()
+    controls = [token.content for token in added if token.special or token.content in template]
+    shown, apart = [system, user], {}  # placeholder -> the content that stands there
+    for i, content in enumerate(shown):
+        if any(control in content for control in controls):
+            shown[i] = f"\ue000{i}\ue000"
+            apart[shown[i]] = content
+    text = _render(tokenizer, *shown)
     ids: list[int] = []
     for placeholder, content in apart.items():
         before, _, text = text.partition(placeholder)
-        ids += _encode(tokenizer, before) + _encode(tokenizer, content, split_special_tokens=True)
+        ids += _encode(tokenizer, before) + _encode_plain(tokenizer, content, controls)
     return ids + _encode(tokenizer, text)
 
 
@@ -89,8 +104,34 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     return table
 
 
+def _render(tokenizer: Any, system: str, user: str) -> str:
+    """The conversation as its template writes it up to the assistant's turn, dates pinned."""
+    conversations = [[{"role": "user", "content": user}]]
+    if system:
+        conversations = [[{"role": "system", "content": system}, *conversations[0]],
+                         [{"role": "user", "content": f"{system}\n\n{user}"}]]  # fmt: skip
+    reasons = []
+    for messages in conversations:
+        try:
+            text = tokenizer.apply_chat_template(messages, chat_template=STOPPED_CLOCK + tokenizer.get_chat_template(),
+                                                 add_generation_prompt=True, tokenize=False, date_string=DATE)  # fmt: skip
+        except Exception as error:  # a template is a program by someone else and may fail in any way
+            reasons.append(f"cannot be rendered: {' '.join(str(error).split()) or type(error).__name__}")
+            continue
+        if user.strip() in text:
+            return text
+        reasons.append("leaves the user's message out")
+    raise ModelError(f"the policy's chat template {reasons[0]}")
+
+
 def _encode(tokenizer: Any, text: str, **options: bool) -> list[int]:
     return tokenizer(text, add_special_tokens=False, **options)["input_ids"] if text else []
+
+
+def _encode_plain(tokenizer: Any, text: str, controls: Sequence[str]) -> list[int]:
+    """Ids of `text` without a control token. Tokens not marked special would be found all the same: their text is cut in two."""
+    cuts = "|".join(f"(?<={re.escape(control[0])})(?={re.escape(control[1:])})" for control in controls)
+    return [token for piece in re.split(cuts, text) for token in _encode(tokenizer, piece, split_special_tokens=True)]
 
 
 def _spelling(tokenizer: Any) -> Any:

@@ -1,6 +1,6 @@
 """Problems with known answers: the tasks by name, and any JSONL file with problem and answer fields.
 
-A file is read and checked whole before its first problem is given out; what is wrong is named by line.
+A task is read and checked whole before its first problem is given out; what is wrong with a file is named by line.
 """
 
 import json
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tts_engine.errors import TaskError
+from tts_engine.errors import MissingExtra, TaskError
 from tts_engine.tasks.programs import SPLIT_SIZES, Program, split_programs
 
-BOXED_SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 LONGEST_LINE = 4 << 20  # bytes
 
 DEFAULT_SPLIT = "test"
+A_FILE = "the path of a JSONL file with problem and answer fields"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,19 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Where problems come from and how a policy is addressed: `load` takes a split, `system` is None for no system message."""
+    """Where problems come from: `load` takes a split."""
 
     name: str
-    system: str | None
     load: Callable[[str], list[Problem]]
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A task that others keep on the hub: its id there, the split that holds the problems, the column that tells them apart."""
+
+    hub_id: str
+    split: str
+    id: str
 
 
 def load_task(name_or_path: str | Path, split: str = DEFAULT_SPLIT, limit: int | None = None) -> list[Problem]:
@@ -57,10 +65,9 @@ def find_task(name_or_path: str | Path) -> Task:
         return TASKS[str(name_or_path)]
     if os.path.isfile(name_or_path):
         path = Path(name_or_path)
-        return Task(path.stem, BOXED_SYSTEM, partial(_load_jsonl, path))
+        return Task(path.stem, partial(_load_jsonl, path))
     reason = "is a directory" if os.path.isdir(name_or_path) else "is no task and no file"
-    known = ", ".join(sorted(TASKS))
-    raise TaskError(f"{name_or_path} {reason}; known: {known}, or the path of a JSONL file with problem and answer fields")
+    raise TaskError(f"{name_or_path} {reason}; known: {', '.join(TASKS)}, or {A_FILE}")
 
 
 def _load_embedded(split: str) -> list[Problem]:
@@ -72,12 +79,34 @@ def _load_embedded(split: str) -> list[Problem]:
     ]
 
 
-TASKS = {task.name: task for task in (Task("embedded", None, _load_embedded),)}
+def _load_dataset(name: str, dataset: Dataset, split: str) -> list[Problem]:
+    _refuse_splits(name, split)
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError:
+        raise MissingExtra(
+            f"task {name} is read from the hub and datasets is not installed: pip install 'tts-engine[hub]', or give {A_FILE}"
+        ) from None
+    try:
+        rows = [dict(row) for row in load_dataset(dataset.hub_id, split=dataset.split)]
+        return [_problem(row | {"id": _text(row, [dataset.id], numbers=True)}) for row in rows]
+    except Exception as error:  # whatever goes wrong on the way here, and in files that others may change
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TaskError(f"task {name} cannot be had from the hub ({dataset.hub_id}): {reason}; give {A_FILE} instead") from error
+
+
+DATASETS = {
+    "math500": Dataset("HuggingFaceH4/MATH-500", "test", "unique_id"),
+    "aime24": Dataset("HuggingFaceH4/aime_2024", "train", "id"),
+    "amc23": Dataset("math-ai/amc23", "test", "id"),
+}
+TASKS = {"embedded": Task("embedded", _load_embedded)} | {
+    name: Task(name, partial(_load_dataset, name, dataset)) for name, dataset in DATASETS.items()
+}
 
 
 def _load_jsonl(path: Path, split: str) -> list[Problem]:
-    if split != DEFAULT_SPLIT:
-        raise TaskError(f"{path} is one file without splits: split={split!r} cannot be taken from it")
+    _refuse_splits(path, split)
     problems: list[Problem] = []
     line_of: dict[str, int] = {}
     try:
@@ -117,8 +146,18 @@ def _read_line(line: bytes, default_id: str) -> Problem | None:
         raise ValueError("nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {_json_type(record)} where an object was expected")
+    return _problem(record, default_id)
+
+
+def _refuse_splits(source: str | Path, split: str) -> None:
+    if split != DEFAULT_SPLIT:
+        raise TaskError(f"{source} has no splits: split={split!r} cannot be taken from it")
+
+
+def _problem(record: dict[str, object], default_id: str | None = None) -> Problem:
+    """Raises ValueError with what is wrong."""
     return Problem(
-        id=_text(record, ["id"], numbers=True) if record.get("id") is not None else default_id,
+        id=_text(record, ["id"], numbers=True) if default_id is None or record.get("id") is not None else default_id,
         problem=_text(record, ["problem", "question"]),
         answer=_text(record, ["answer"], numbers=True),
         level=_level(record.get("level")),
