@@ -13,7 +13,7 @@ setup(
             depends=sorted(glob("csrc/*.h")),
             cxx_std=17,
             # A product and a sum that follow each other are one instruction wherever there is one.
-            extra_compile_args=["-O3", "-Wall", "-Wextra", "-ffp-contract=fast", "-fopenmp"],
+            extra_compile_args=["-O3", "-Wall", "-Wextra", "-Wno-psabi", "-ffp-contract=fast", "-fopenmp"],
             extra_link_args=["-fopenmp"],
         )
     ]

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu_ops.h"
 #include "kv_tree.h"
 #include "sampling.h"
 #include "tree_attention.h"
@@ -114,13 +115,34 @@ T* address(uintptr_t number) {
   return reinterpret_cast<T*>(number);
 }
 
+tts::Element element(bool bfloat16) { return bfloat16 ? tts::Element::kBFloat16 : tts::Element::kFloat32; }
+
 void tree_attention(const TreePlan& plan, uintptr_t q, int64_t q_stride, uintptr_t k, uintptr_t v, uintptr_t out, int32_t num_heads,
                     int32_t num_kv_heads, int32_t head_dim, bool bfloat16, const std::string& instruction_set, int num_threads) {
   py::gil_scoped_release unlocked;
   tts::tree_attention(plan,
                       {address<const void>(q), address<const void>(k), address<const void>(v), address<void>(out), q_stride,
-                       num_heads, num_kv_heads, head_dim, bfloat16 ? tts::Element::kBFloat16 : tts::Element::kFloat32},
+                       num_heads, num_kv_heads, head_dim, element(bfloat16)},
                       instruction_set, num_threads);
+}
+
+void rms_norm(uintptr_t x, int64_t x_stride, int64_t group, uintptr_t weights, int64_t weight_rows, float epsilon, uintptr_t out,
+              int64_t rows, int64_t width, bool bfloat16, int num_threads) {
+  py::gil_scoped_release unlocked;
+  tts::rms_norm(address<const void>(x), x_stride, group, address<const void>(weights), weight_rows, epsilon, address<void>(out),
+                rows, width, element(bfloat16), num_threads);
+}
+
+void rotate(uintptr_t x, int64_t x_stride, uintptr_t cos, uintptr_t sin, uintptr_t out, int64_t tokens, int64_t heads, int64_t width,
+            bool bfloat16, int num_threads) {
+  py::gil_scoped_release unlocked;
+  tts::rotate(address<const void>(x), x_stride, address<const float>(cos), address<const float>(sin), address<void>(out), tokens,
+              heads, width, element(bfloat16), num_threads);
+}
+
+void swiglu(uintptr_t gate_up, uintptr_t out, int64_t rows, int64_t width, bool bfloat16, int num_threads) {
+  py::gil_scoped_release unlocked;
+  tts::swiglu(address<const void>(gate_up), address<void>(out), rows, width, element(bfloat16), num_threads);
 }
 
 Array<int64_t> sample(uintptr_t logits, int64_t num_logit_rows, int32_t vocab_size, float temperature, const Array<int64_t>& rows,
@@ -216,6 +238,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("tree_attention", tree_attention, py::arg("plan"), py::arg("q"), py::arg("q_stride"), py::arg("k"), py::arg("v"),
              py::arg("out"), py::kw_only(), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
              py::arg("bfloat16"), py::arg("instruction_set"), py::arg("num_threads"));
+  module.def("rms_norm", rms_norm);
+  module.def("rotate", rotate);
+  module.def("swiglu", swiglu);
   module.def("sample", sample, py::arg("logits"), py::arg("num_logit_rows"), py::arg("vocab_size"), py::arg("temperature"),
              py::arg("rows").noconvert(), py::arg("keys").noconvert(), py::arg("identities").noconvert(),
              py::arg("positions").noconvert(), py::arg("num_threads"));

@@ -6,11 +6,10 @@
 #include <string>
 #include <vector>
 
+#include "cpu_ops.h"
 #include "tree_plan.h"
 
 namespace tts {
-
-enum class Element { kFloat32, kBFloat16 };  // of queries, keys, values and output alike
 
 struct AttentionCall {
   const void* q;        // [T, H, D], tokens q_stride elements apart
@@ -19,7 +18,7 @@ struct AttentionCall {
   void* out;            // [T, H, D], contiguous
   int64_t q_stride;
   int32_t num_heads, num_kv_heads, head_dim;  // head_dim even, at most 256
-  Element element;
+  Element element;  // of queries, keys, values and output alike
 };
 
 // The names of the kernels that this machine can run, the fastest first; "scalar" is always the last.

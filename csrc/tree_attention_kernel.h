@@ -10,6 +10,7 @@
 
 #include "tree_attention.h"
 #include "tree_attention_isa.h"
+#include "vector_math.h"
 
 namespace tts {
 namespace TTS_ISA {
@@ -54,21 +55,7 @@ inline float total(Floats x) {
   return x[0];
 }
 
-// 2^x for x <= 0, to 2e-7 relative; 2^-126 for all that is smaller.
-inline Floats exp2(Floats x) {
-  const Floats shift = Floats{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  x = maximum(x, Floats{} - 126.0f);
-  const Floats whole = (x + shift) - shift, f = x - whole;
-  Floats y = Floats{} + 1.5403530e-4f;  // ln(2)^k / k!, k = 6 ... 0
-  y = y * f + 1.3333558e-3f;
-  y = y * f + 9.6181291e-3f;
-  y = y * f + 5.5504109e-2f;
-  y = y * f + 2.4022651e-1f;
-  y = y * f + 6.9314718e-1f;
-  y = y * f + 1.0f;
-  const Ints power = __builtin_convertvector(whole, Ints) << 23;
-  return (Floats)((Ints)y + power);
-}
+inline Floats exp2(Floats x) { return exp2_of_negative<Floats, Ints>(x); }
 
 struct Float32 {
   static constexpr int kPerUnit = 1;
@@ -97,11 +84,7 @@ struct BFloat16 {
     const Words bits = (Words)x;
     store(to, __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Halves));
   }
-  static void put_scalar(Type* to, float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    *to = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-  }
+  static void put_scalar(Type* to, float x) { *to = to_bfloat16(x); }
   static void pack_values(const Type* const* rows, int num_rows, int dim, uint32_t* to) {
     int d = 0;
     if (num_rows == 2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tts_engine.attention import make_backend
-from tts_engine.models.decoder import ROTARY_BLOCK, ROW_TILE
+from tts_engine.models.decoder import ROTARY_BLOCK
 from tts_engine.models.weights import load_decoder
 from tts_engine.testing import LLAMA3_ROPE, flat_layout, poisoned_cache, random_model, run_rows
 
@@ -187,12 +187,3 @@ def test_a_deterministic_row_has_the_same_bits_in_any_company(tmp_path, family, 
         cache.k[:, slots[0][:12]] = cache.v[:, slots[0][:12]] = torch.nan
         run_rows(decoder, attention, cache, [slots[0][:12]], [12], [tokens[0][:12]])
         assert torch.equal(cache.k[:, slots[0]], kept.k[:, slots[0]]) and torch.equal(cache.v[:, slots[0]], kept.v[:, slots[0]])
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3, 5])
-def test_an_activation_does_not_depend_on_where_threads_split_the_tile(tmp_path, threads):
-    _, directory = saved(tmp_path, "llama")
-    gate = torch.randn(1, 4867).expand(ROW_TILE, -1).contiguous()
-    with num_threads(threads):
-        out = load_decoder(directory, deterministic=True)._silu(gate)
-    assert torch.equal(out, out[:1].expand_as(out))

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from ..attention.base import AttentionBackend
 from ..kv.cache import KVCache
+from .ops import ops_for
 from .spec import DecoderSpec
 
 # Rows of every deterministic GEMM. A whole number of vector registers for any column count, so that no element of a tile is
 # computed by the scalar tail of a vector loop, whose exp may differ in the last bit.
 ROW_TILE = 32
-# PyTorch splits element-wise work between threads from 32,768 elements on, at places that depend on the number of threads.
-UNSPLIT = 16_384
 ROTARY_BLOCK = 1024  # positions by which the rotary tables grow
 
 
@@ -59,6 +58,7 @@ class Decoder:
     def __init__(self, spec: DecoderSpec, weights: DecoderWeights, *, deterministic: bool = False) -> None:
         self.spec, self.weights, self.deterministic = spec, weights, deterministic
         self._rotary = _RotaryTables(spec, weights.embedding.device)
+        self._ops = ops_for(weights.embedding.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,7 +78,7 @@ class Decoder:
         """
         spec = self.spec
         x = self.weights.embedding.index_select(0, token_ids)
-        cos, sin = (table.to(self.dtype) for table in self._rotary.at(positions))
+        cos, sin = self._rotary.at(positions)
         for i, layer in enumerate(self.weights.layers):
             q, k, v = self._by_rows(self._project, layer, x, cos, sin)
             attended = backend.run(q, k, v, cache, i, plan, spec.windows[i])
@@ -105,31 +105,20 @@ class Decoder:
         qk, v = qkv.split((rotated, spec.num_kv_heads), dim=1)
         if layer.qk_norm is not None:
             qk = self._norm(qk, layer.qk_norm)
-        a, b = qk.chunk(2, dim=-1)
-        cos, sin = cos[:, None], sin[:, None]
-        qk = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        qk = self._ops.rotate(qk, cos, sin)
         return qk[:, : spec.num_heads], qk[:, spec.num_heads :], v
 
     def _mix(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> tuple[Tensor]:
         """x [T, d], attended [T, H D] -> the layer's output [T, d]."""
-        x = x + F.linear(attended, layer.out)
-        gate, up = F.linear(self._norm(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-        return (x + F.linear(self._silu(gate) * up, layer.down),)
+        x = torch.addmm(x, attended, layer.out.T)
+        inner = self._ops.swiglu(F.linear(self._norm(x, layer.mlp_norm), layer.gate_up))
+        return (torch.addmm(x, inner, layer.down.T),)
 
     def _final(self, weight: Tensor, x: Tensor) -> tuple[Tensor]:
         return (self._norm(x, weight),)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm: the mean of squares in float32, rounded to the dtype before the weight is applied, as transformers rounds."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.spec.rms_norm_eps)
-        return weight * wide.to(x.dtype)
-
-    def _silu(self, gate: Tensor) -> Tensor:
-        if not self.deterministic:
-            return F.silu(gate)
-        pieces = [F.silu(piece) for piece in gate.float().contiguous().view(-1).split(UNSPLIT)]
-        return torch.cat(pieces).view(gate.shape).to(gate.dtype)
+        return self._ops.norm(x, weight, self.spec.rms_norm_eps)
 
 
 class _RotaryTables:

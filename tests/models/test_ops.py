@@ -1,0 +1,64 @@
+"""The C++ operations against their definition, odd sizes and strides included."""
+
+import pytest
+import torch
+
+from tts_engine.models.ops import NativeOps, TorchOps, ops_for
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def drawn(*shape, dtype, seed=0):
+    return (3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def assert_as_defined(out, ref, wide):
+    """As near to the same in float64 as the definition is, and within a rounding or two of it."""
+    assert out.dtype == ref.dtype and out.shape == ref.shape and out.is_contiguous()
+    error, yardstick = ((x.double() - wide).abs().max().item() for x in (out, ref))
+    assert error <= 1.5 * yardstick + 1e-6 * wide.abs().max().item() + 1e-30
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 16), (7, 33), (64, 224), (300, 896)])
+def test_norm(rows, width, dtype):
+    x, weight = drawn(rows, width, dtype=dtype), drawn(width, dtype=dtype, seed=1)
+    args = [(x, weight), (x.double(), weight.double())]
+    wide = args[1][0] * torch.rsqrt(args[1][0].square().mean(-1, keepdim=True) + 1e-6) * args[1][1]
+    assert_as_defined(NativeOps().norm(x, weight, 1e-6), TorchOps().norm(x, weight, 1e-6), wide)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "heads", "width"), [(1, 1, 2), (5, 3, 10), (40, 9, 64), (200, 7, 128)])
+def test_norm_and_rotation_of_heads_within_wider_rows(tokens, heads, width, dtype):
+    whole = drawn(tokens, heads + 2, width, dtype=dtype)
+    x, weight = whole[:, :heads], drawn(heads, width, dtype=dtype, seed=1)
+    wide = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+    assert_as_defined(NativeOps().norm(x, weight, 1e-5), TorchOps().norm(x, weight, 1e-5), wide)
+    angles = 100 * torch.rand(tokens, width // 2, generator=torch.Generator().manual_seed(2))
+    cos, sin = angles.cos(), angles.sin()
+    wide = TorchOps().rotate(x.double(), cos.double(), sin.double())
+    assert_as_defined(NativeOps().rotate(x, cos, sin), TorchOps().rotate(x, cos, sin), wide)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 16), (7, 33), (64, 672), (200, 350)])
+def test_swiglu(rows, width, dtype):
+    x = drawn(rows, 2 * width, dtype=dtype)
+    x[0, 0], x[-1, 0] = 200.0, -200.0  # where an exponential alone would overflow
+    wide = TorchOps().swiglu(x.double())
+    assert_as_defined(NativeOps().swiglu(x), TorchOps().swiglu(x), wide)
+
+
+def test_bits_depend_neither_on_other_rows_nor_on_threads():
+    x, weight = drawn(400, 350, dtype=torch.float32), drawn(350, dtype=torch.float32, seed=1)
+    ops, before = ops_for(x.device), torch.get_num_threads()
+    whole = ops.norm(x, weight, 1e-6), ops.swiglu(x)
+    try:
+        torch.set_num_threads(3)
+        for i in (0, 17, 399):
+            assert torch.equal(ops.norm(x[i : i + 1], weight, 1e-6)[0], whole[0][i])
+            assert torch.equal(ops.swiglu(x[i : i + 1])[0], whole[1][i])
+        assert torch.equal(ops.norm(x, weight, 1e-6), whole[0]) and torch.equal(ops.swiglu(x), whole[1])
+    finally:
+        torch.set_num_threads(before)

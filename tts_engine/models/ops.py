@@ -1,0 +1,79 @@
+"""What a decoder does between its matrix products, row by row: PyTorch says what, C++ does it on a CPU in one call each."""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _C  # type: ignore[attr-defined]
+
+
+class Ops(Protocol):
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """RMSNorm of x [..., D] by weight [D] or, for x [T, N, D], [N, D]: the mean of squares in float32, the quotient rounded to
+        the dtype before the weight is applied, as transformers rounds."""
+        ...
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [T, N, D] turned by cos, sin float32 [T, D/2], the first half of D against the second."""
+        ...
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """gate_up [T, 2I] -> silu(gate) * up [T, I]."""
+        ...
+
+
+class TorchOps:
+    """The definition, on any device."""
+
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+        return weight * wide.to(x.dtype)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+class NativeOps:
+    """float32 and bfloat16 on a CPU. A row's bits depend on that row alone; what PyTorch rounds at every step is rounded once."""
+
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        width = x.shape[-1]
+        group = x.shape[1] if x.dim() == 3 else 1
+        out = x.new_empty(x.shape)
+        _C.rms_norm(_rows(x).data_ptr(), x.stride(0), group, weight.data_ptr(), weight.numel() // width, epsilon, out.data_ptr(),
+                    x.numel() // width, width, *_how(x))  # fmt: skip
+        return out
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        out = x.new_empty(x.shape)
+        _C.rotate(_rows(x).data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *x.shape, *_how(x))
+        return out
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        rows, width = gate_up.shape
+        out = gate_up.new_empty(rows, width // 2)
+        _C.swiglu(gate_up.data_ptr(), out.data_ptr(), rows, width // 2, *_how(gate_up))
+        return out
+
+
+def ops_for(device: torch.device) -> Ops:
+    return NativeOps() if device.type == "cpu" else TorchOps()
+
+
+def _rows(x: Tensor) -> Tensor:
+    assert x.stride(-1) == 1 and (x.dim() < 3 or x.stride(1) == x.shape[2]), "the elements of a row lie side by side"
+    return x
+
+
+def _how(x: Tensor) -> tuple[bool, int]:
+    assert x.dtype in (torch.float32, torch.bfloat16)
+    return x.dtype == torch.bfloat16, torch.get_num_threads()
