@@ -18,13 +18,13 @@ from .attention import make_backend
 from .branch import Branch, root_branch
 from .errors import EngineError
 from .ledger import Ledger
-from .models.heads import PairHead, TwoClassHead
+from .models import heads
 from .models.tokenizer import chat_template, encode_prompt, end_ids, load_tokenizer, token_bytes
 from .models.weights import Checkpoint, load_decoder, resolve_checkpoint
 from .policy import STEP_MARKERS, DrawContext, Limits, Policy, StepRule
-from .prm.families import FAMILIES, recognise
+from .prm.families import FAMILIES, recognise, refuse_as_policy
 from .prm.scorer import ScoreContext, Scorer
-from .prm.spec import TokenPair
+from .prm.spec import TokenPair, TwoClassHead
 from .results import SearchResult
 from .runner import ModelRunner
 from .sampling import Sampling, philox_key
@@ -115,7 +115,9 @@ class Engine:
             raise EngineError(f"unknown setting among {', '.join(sorted(settings))}; known: {known}") from None
         dtype, device = DTYPES[config.dtype], config.device
         directories = [resolve_checkpoint(name) for name in (policy, prm) if name is not None]
-        decoders = [load_decoder(d, dtype=dtype, device=device, deterministic=config.deterministic) for d in directories]
+        checkpoints = [Checkpoint(directory) for directory in directories]
+        refuse_as_policy(checkpoints[0].config, checkpoints[0].tensor_names, str(policy))
+        decoders = [load_decoder(c, dtype=dtype, device=device, deterministic=config.deterministic) for c in checkpoints]
         token_bytes_each = [decoder.spec.kv_bytes_per_token(dtype) for decoder in decoders]
         num_blocks = config.kv_bytes // sum(token_bytes_each) // config.block_size
         if num_blocks < 1:
@@ -126,10 +128,8 @@ class Engine:
                    for decoder, backend in zip(decoders, backends, strict=True)]  # fmt: skip
         tokenizer = load_tokenizer(directories[0])
         spec = decoders[0].spec
-        if not spec.lm_head:
-            raise EngineError(f"{policy} is a reward model ({spec.architecture}) and cannot write: give it as the PRM")
         rule = StepRule(token_bytes(tokenizer), end_ids(tokenizer, directories[0]), spec.vocab_size, config.steps)
-        scorer = make_scorer(runners[1], directories[1], config.prm_family) if prm is not None else None
+        scorer = make_scorer(runners[1], checkpoints[1], config.prm_family) if prm is not None else None
         return cls(config, Policy(runners[0], rule, max_rows=config.max_rows), scorer, tokenizer, Grader())
 
     def __enter__(self) -> Self:
@@ -281,17 +281,20 @@ class Engine:
         )
 
 
-def make_scorer(runner: ModelRunner, directory: Path, family: str | None) -> Scorer:
+def make_scorer(runner: ModelRunner, checkpoint: Checkpoint, family: str | None) -> Scorer:
     """The scorer of a PRM checkpoint, its family recognised from config and tensors unless named."""
-    checkpoint = Checkpoint(directory)
     name = recognise(checkpoint.config, checkpoint.tensor_names, family)
-    spec = FAMILIES[name].bind(load_tokenizer(directory))
-    width = runner.decoder.spec.hidden_size
-    if isinstance(spec.readout, TokenPair):
-        head = PairHead.of(runner.decoder, plus_id=spec.readout.plus, minus_id=spec.readout.minus)
-        return Scorer(runner, spec, head, head_flops=2 * width)
-    two_class = TwoClassHead.load(checkpoint, width, device=runner.decoder.device)
-    return Scorer(runner, spec, two_class, head_flops=2 * width * width + 2 * width)
+    spec = FAMILIES[name].bind(load_tokenizer(checkpoint.directory))
+    decoder, read = runner.decoder, spec.readout
+    width = decoder.spec.hidden_size
+    if isinstance(read, TokenPair):
+        pair = heads.PairHead.of(decoder, plus_id=read.plus, minus_id=read.minus)
+        return Scorer(runner, spec, pair, head_flops=2 * width)
+    if isinstance(read, TwoClassHead):
+        two_class = heads.TwoClassHead.load(checkpoint, width, hidden=read.hidden, out=read.out, device=decoder.device)
+        return Scorer(runner, spec, two_class, head_flops=2 * width * width + 2 * width)
+    value = heads.ValueHead.load(checkpoint, width, linear=read.linear, device=decoder.device)
+    return Scorer(runner, spec, value, head_flops=2 * width)
 
 
 def as_problems(problems: str | Problem | Iterable[str | Problem]) -> list[Problem]:

@@ -272,26 +272,32 @@ def random_policy_directory(directory: Path, *, seed: int = 0, leans: dict[str, 
 def random_prm_directory(directory: Path, kind: str, *, seed: int = 0, **sizes: Any) -> Any:
     """Save a random PRM of the family `kind` into `directory`; the transformers model whose hidden states it reads.
 
-    "qwen2.5-math-prm" has a two-class head in the tensors score.0 and score.2 and no vocabulary head; "math-shepherd" is a
-    causal language model whose config.json says so.
+    Its config.json names the architecture where that means the family, else the family; its tensors are the decoder's and the
+    family's head.
     """
     import torch
 
     from .embedded.tokenizer import build_tokenizer
+    from .prm.families import FAMILIES
 
-    family = {"qwen2.5-math-prm": "qwen2", "math-shepherd": "llama"}[kind]
-    model = random_model(family, seed=seed, **_SMALL | {"vocab_size": build_tokenizer().get_vocab_size()} | sizes)
-    tensors = dict(model.state_dict())
-    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    if kind == "math-shepherd":
-        config["prm_family"] = kind
-    else:
-        config["architectures"] = ["Qwen2ForProcessRewardModel"]
+    base = {"math-shepherd": "llama", "rlhflow": "llama"}.get(kind, "qwen2")
+    tokenizer = tiny_tokenizer() if kind == "rlhflow" else None  # the embedded one's chat has no special tokens around a turn
+    vocab_size = len(tokenizer) if tokenizer is not None else build_tokenizer().get_vocab_size()
+    model = random_model(base, seed=seed, **_SMALL | {"vocab_size": vocab_size} | sizes)
+    tensors, family = dict(model.state_dict()), FAMILIES[kind]
+    config = model.config.to_dict() | {"architectures": [type(model).__name__], "prm_family": kind}
+    if family.architectures:
+        config |= {"architectures": list(family.architectures), "prm_family": None}
         del tensors["lm_head.weight"]
-        random, d = torch.Generator().manual_seed(seed), model.config.hidden_size
-        for name, shape in {"score.0.weight": (d, d), "score.0.bias": (d,), "score.2.weight": (2, d), "score.2.bias": (2,)}.items():
+    random, d = torch.Generator().manual_seed(seed), model.config.hidden_size
+    shapes = {"score.0.weight": (d, d), "score.0.bias": (d,), "score.2.weight": (2, d), "score.2.bias": (2,),
+              "v_head.summary.weight": (1, d), "v_head.summary.bias": (1,)}  # fmt: skip
+    for name, shape in shapes.items():
+        if name in family.head:
             tensors[name] = torch.randn(shape, generator=random) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.3)
     _save(directory, config, tensors)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
     return model
 
 
@@ -408,3 +414,91 @@ def check_blocks(tree: Any) -> Any:
     assert sum(counts) == tree.num_blocks, f"blocks were lost or made: {counts} of {tree.num_blocks}"
     tree.check()
     return counts
+
+
+# --- what every PRM family has to keep, whoever wrote it -------------------------------------------------------------------
+
+# Text as models write it, and as they should not: white space of all kinds, marks that combine, other scripts.
+PLAIN = [" ", "  ", "\n", "\n\n", "\r\n", "\t", "\u2028", "\u00a0", "\x1c", "- 5", "+", "-", "1", "12", "1234", "Step 1: ", "So ",
+         "x=\\frac{1}{2}", "$", ".", ".\n", "'s", "é", "e\u0301", "\u0301", "字", "ё", "😶\u200d🌫️", "\x00", "\ue000"]  # fmt: skip
+WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PIECES = ["ĠSo", "Step", "12", "Ġ=", "ĠĠ", "ĊĊ", "ĊĊĊ", ".Ċ", ".ĊĊ", "?Ċ", "Ġ+", "'s", "\\boxed"]
+
+
+def check_prm_family(family: Any, tokenizer: Any, *, whole: Callable[[str, list[str]], list[int]] | None = None,
+                     examples: int = 200, seed: int = 0) -> int:  # fmt: skip
+    """Put a PRMFamily through the laws of PRMSpec on one tokenizer; the number of tokens in the paths it was asked for.
+
+    whole: (problem, steps) -> the tokenizer's own ids of the whole text, where the family has one; a path's ids must be their
+    beginning, for texts that spell no special token and no marker. A broken law is an AssertionError that shows the path.
+    """
+    spec, again = family.bind(tokenizer), family.bind(tokenizer)
+    marker = prm_marker(spec)
+    specials = {added.content: id for id, added in tokenizer.added_tokens_decoder.items()
+                if added.special and id != tokenizer.unk_token_id}  # fmt: skip
+    vocabulary = set(tokenizer.get_vocab().values())
+    said = tokenizer.decode(marker).strip()
+    control = [*specials, "\u2581", *([said] if said else [])]
+    rng, num_tokens = random.Random(seed), 0
+    paths = [("1 + 1?", ["", "\n", "a", said, f"{said}{said} a {said}", " a\n\n", "a " * 3000])]
+    for number in range(examples):
+        pieces = PLAIN if number % 2 else PLAIN + [said, f" {said}", rng.choice(control)]
+        texts = ["".join(rng.choices(pieces, k=rng.randrange(8))) for _ in range(rng.randrange(2, 7))]
+        paths.append((f"{texts[0]}?", texts[1:]))
+    for problem, steps in paths:
+        ids, positions = spec.render(problem, steps)
+        shown = f"problem {problem!r:.200}, steps {steps!r:.500}"
+        assert again.render(problem, steps) == (ids, positions), f"the same path reads otherwise the second time: {shown}"
+        assert set(ids) <= vocabulary, f"ids that the vocabulary does not have: {shown}"
+        _check_steps(spec, marker, set(specials.values()), problem, steps, shown)
+        num_tokens += len(ids)
+        if whole is not None and not any(text in part for text in control for part in (problem, *steps)):
+            assert whole(problem, steps)[: len(ids)] == ids, f"not the ids of the whole text: {shown}"
+    return num_tokens
+
+
+def prm_marker(spec: Any) -> list[int]:
+    """The ids that all steps of a PRMSpec share up to the read position; there must be some."""
+    steps = [spec.step(text, first) for text in ("", "a", "7.") for first in (False, True)]
+    ends = [ids[: len(ids) + spec.read_at + 1] for ids in steps]
+    length = next((n for n in range(min(map(len, ends))) if len({ids[-1 - n] for ids in ends}) > 1), min(map(len, ends)))
+    assert length, "steps share no marker up to the read position"
+    return ends[0][-length:]
+
+
+def _check_steps(spec: Any, marker: list[int], specials: set[int], problem: str, steps: list[str], shown: str) -> None:
+    def control(ids: list[int]) -> list[int]:
+        return [token for token in ids if token in specials]
+
+    assert control(spec.opening(problem)) == control(spec.opening("a")), f"the problem's text became control: {shown}"
+    fewer, read = spec.render(problem, [])
+    for count in range(1, len(steps) + 1):
+        more, positions = spec.render(problem, steps[:count])
+        assert more[: len(fewer)] == fewer and positions[:-1] == read, f"step {count} changes what was read before it: {shown}"
+        own, place = more[len(fewer) :], positions[-1] - len(fewer)
+        found = [end for end in range(len(marker) - 1, len(own)) if own[end + 1 - len(marker) : end + 1] == marker]
+        assert found == [place], f"step {count} holds the marker up to {found} and is read at {place}: {shown}"
+        assert not control(own[place + 1 :]), f"something closes the text behind step {count}, before another comes: {shown}"
+        assert control(own) == control(spec.step("", count == 1)), f"the text of step {count} became control: {shown}"
+        fewer, read = more, positions
+
+
+def tiny_tokenizer() -> Any:
+    """A made-up byte-level BPE tokenizer of a few merges to which every PRM family can be bound; its chat shows a date."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from .prm.families import QWEN_BOS, QWEN_MARKER, SHEPHERD_TAG
+
+    merges = dict.fromkeys((piece[: i - 1], piece[i - 1]) for piece in PIECES for i in range(2, len(piece) + 1))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocab = [*sorted(byte_level.alphabet()), *map("".join, merges)]
+    tokenizer = Tokenizer(models.BPE({piece: id for id, piece in enumerate(vocab)}, list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([QWEN_BOS, QWEN_MARKER, "<|turn|>", "<|end|>"])
+    tokenizer.add_tokens([SHEPHERD_TAG])
+    date = "<|turn|>{{ date_string or strftime_now('%d %b %Y') }}<|end|>\n"
+    turn = "<|turn|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n"
+    template = f"{date}{{% for message in messages %}}{turn}{{% endfor %}}"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=template)

@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 
 from tts_engine.errors import ModelError
-from tts_engine.models.heads import PairHead, TwoClassHead
+from tts_engine.models.heads import PairHead, TwoClassHead, ValueHead
 from tts_engine.models.weights import Checkpoint, load_decoder
 from tts_engine.testing import random_model
 
@@ -30,6 +30,29 @@ def test_two_class_head_equals_the_module_it_is_read_from(tmp_path):
     assert out.dtype == torch.float32 and (out - ref).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("named", [{}, {"hidden": "a", "out": "b.c"}], ids=["usual", "named"])
+def test_two_class_head_is_read_from_the_tensors_it_is_told(tmp_path, named):
+    score = score_module(8)
+    names = {"0": named.get("hidden", "score.0"), "2": named.get("out", "score.2")}
+    tensors = {f"{names[n[0]]}.{n[2:]}": tensor.data for n, tensor in score.named_parameters()}
+    hidden = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    out = TwoClassHead.load(write(tmp_path, tensors), 8, **named)(hidden)
+    assert (out - score(hidden).softmax(-1)[:, 1]).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("named", [{}, {"linear": "value.out"}], ids=["usual", "named"])
+def test_value_head_is_the_sigmoid_of_a_linear_unit(tmp_path, named):
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        unit = torch.nn.Linear(48, 1)
+    name = named.get("linear", "v_head.summary")
+    checkpoint = write(tmp_path, {f"{name}.weight": unit.weight.data, f"{name}.bias": unit.bias.data})
+    hidden = torch.randn(71, 48, generator=torch.Generator().manual_seed(1))
+    out = ValueHead.load(checkpoint, 48, **named)(hidden)
+    assert out.dtype == torch.float32 and out.shape == (71,)
+    assert (out - torch.sigmoid(unit(hidden))[:, 0]).abs().max() <= 1e-6
+
+
 def test_pair_head_is_the_softmax_of_two_logits(tmp_path):
     model = random_model("llama")
     model.save_pretrained(tmp_path)
@@ -44,7 +67,8 @@ def test_pair_head_is_the_softmax_of_two_logits(tmp_path):
 def test_a_score_has_the_same_bits_in_any_company(d, dtype):
     score = score_module(d)
     hidden = torch.randn(70, d, generator=torch.Generator().manual_seed(3)).to(dtype)
-    for head in (TwoClassHead(*(p.data for p in score.parameters())), PairHead(*score[2].weight.data)):
+    unit = score[2].weight.data[:1], score[2].bias.data[:1]
+    for head in (TwoClassHead(*(p.data for p in score.parameters())), PairHead(*score[2].weight.data), ValueHead(*unit)):
         together = head(hidden)
         assert torch.equal(torch.cat([head(row[None]) for row in hidden]), together)
         assert torch.equal(head(hidden.flip(0)).flip(0), together)
@@ -58,3 +82,7 @@ def test_a_missing_or_misshapen_head_is_named(tmp_path):
         TwoClassHead.load(write(tmp_path, tensors), 24)
     with pytest.raises(ModelError, match=r"no tensor 'score.2.bias'; expected one of shape \[2\]"):
         TwoClassHead.load(write(tmp_path, {n: t for n, t in tensors.items() if n != "score.2.bias"}), 16)
+    with pytest.raises(ModelError, match=r"no tensor 'v_head.summary.weight'; expected one of shape \[1, 16\]"):
+        ValueHead.load(write(tmp_path, tensors), 16)
+    with pytest.raises(ModelError, match=r"'score.2.weight' has shape \[2, 16\], expected \[1, 16\]"):
+        ValueHead.load(write(tmp_path, tensors), 16, linear="score.2")

@@ -1,16 +1,19 @@
 """Scores read step by step against one full forward of transformers' base model and the head written out; and their costs."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tts_engine.attention import make_backend
 from tts_engine.branch import Branch, Finish, root_branch
-from tts_engine.engine import make_scorer
-from tts_engine.errors import EngineError, OutOfBlocks
+from tts_engine.engine import Engine, make_scorer
+from tts_engine.errors import EngineError, ModelError, OutOfBlocks
 from tts_engine.kv.tree import blocks_needed
 from tts_engine.ledger import PRMLedger
-from tts_engine.models.weights import load_decoder
+from tts_engine.models.weights import Checkpoint, load_decoder
+from tts_engine.prm.families import FAMILIES
 from tts_engine.prm.scorer import ScoreContext, Scorer
 from tts_engine.prm.spec import PRMSpec, TwoClassHead
 from tts_engine.runner import ModelRunner
@@ -20,10 +23,9 @@ from tts_engine.testing import check_blocks, random_prm_directory
 
 PROBLEM = "a=3;b=a+4;b?"
 STEPS = ["a=3", "so b=3+4\n\n", " ", "b=7", "\\boxed{7}\n\n"]
-KINDS = ["qwen2.5-math-prm", "math-shepherd"]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=FAMILIES)
 def prm(request, tmp_path_factory):
     """(kind, transformers model, directory)."""
     directory = tmp_path_factory.mktemp("prm")
@@ -35,7 +37,7 @@ def load(prm, *, num_blocks: int = 200, backend: str = "per_branch", determinist
     runner = ModelRunner(decoder, make_backend(backend), num_blocks=num_blocks, block_size=4)
     runner.cache.k.fill_(torch.nan)  # a score that touches what was never written is no number
     runner.cache.v.fill_(torch.nan)
-    return make_scorer(runner, prm[2], None)
+    return make_scorer(runner, Checkpoint(prm[2]), None)
 
 
 def grown(branch: Branch, texts) -> Branch:
@@ -51,9 +53,11 @@ def full_forward(prm, spec: PRMSpec, texts, problem: str = PROBLEM) -> list[floa
     with torch.no_grad():
         hidden = model.model(torch.tensor([ids])).last_hidden_state[0, positions]
     tensors = load_file(directory / "model.safetensors")
-    if kind == "math-shepherd":
+    if kind in ("math-shepherd", "rlhflow"):
         plus, minus = spec.readout.plus, spec.readout.minus
         return (hidden @ tensors["lm_head.weight"][[plus, minus]].T).softmax(-1)[:, 0].tolist()
+    if kind in ("skywork", "value-head"):
+        return torch.sigmoid(hidden @ tensors["v_head.summary.weight"][0] + tensors["v_head.summary.bias"]).tolist()
     inner = torch.relu(hidden @ tensors["score.0.weight"].T + tensors["score.0.bias"])
     return (inner @ tensors["score.2.weight"].T + tensors["score.2.bias"]).softmax(-1)[:, 1].tolist()
 
@@ -90,6 +94,12 @@ class Bench:
 
 def near(scores) -> object:
     return pytest.approx(scores, abs=1e-5, rel=0)
+
+
+def test_a_prm_given_as_the_policy_is_refused(prm):
+    for prm_given in (None, prm[2]):
+        with pytest.raises(ModelError, match="is a reward model .* and cannot write: give it as the PRM"):
+            Engine.from_pretrained(prm[2], prm_given)
 
 
 def test_the_tiny_models_tell_steps_apart(prm):
@@ -135,7 +145,8 @@ def test_branches_of_several_problems_in_one_batch_each_equal_their_full_forward
 def test_a_pool_that_holds_one_path_scores_many_and_reads_again_what_it_forgot(prm):
     paths = [[*STEPS[:4], ending] for ending in ("x", "y")] + [["other", *STEPS[1:]], STEPS]
     spec = load(prm).spec
-    blocks = blocks_needed(len(spec.opening(PROBLEM)), 4) + sum(blocks_needed(len(spec.step(text, True)), 4) for text in STEPS)
+    pieces = [spec.opening(PROBLEM), *(spec.step(text, number == 0) for number, text in enumerate(STEPS))]
+    blocks = sum(blocks_needed(len(ids), 4) for ids in pieces)
     bench = Bench(load(prm, num_blocks=blocks + 1))
     context = bench.context()
     early = bench.score(context, [grown(root_branch(()), path[:4]) for path in paths])
@@ -204,6 +215,23 @@ def test_a_path_that_can_never_fit_is_refused_with_the_numbers(prm):
     with pytest.raises(OutOfBlocks, match=r"needs \d+ KV blocks of 4 tokens to read one branch and has 5 in all; raise kv_bytes"):
         bench.score(bench.context(), [grown(root_branch(()), STEPS)])
     assert check_blocks(bench.scorer.runner.tree).pinned == 0
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_a_path_longer_than_the_model_has_positions_is_refused_before_it_is_read(prm, extra):
+    bench = Bench(load(prm))
+    spec, positions = bench.scorer.spec, bench.scorer.runner.decoder.spec.max_positions
+    spare = positions - len(spec.render(PROBLEM, [*STEPS, "a"])[0])
+    path = grown(root_branch((), PROBLEM), [*STEPS, "a" * (1 + spare + extra)])
+    assert len(spec.render(PROBLEM, [step.text for step in path.steps])[0]) == positions + extra
+    context = bench.context()
+    if not extra:
+        assert None not in bench.score(context, [path])[0].scores
+        return
+    said = f"a solution to '{PROBLEM}' has come to {positions + 1} tokens as the PRM reads it, and the PRM has {positions} "
+    with pytest.raises(EngineError, match=re.escape(said)):
+        bench.ask(context, [grown(root_branch((), PROBLEM), STEPS), path])
+    assert bench.scorer.num_open == context.ledger.tokens_computed == 0
 
 
 def test_a_score_that_is_no_number_is_an_error(prm):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from tts_engine.prm.spec import PRMSpec, TokenPair, TwoClassHead
+from tts_engine.prm.spec import PRMSpec, TokenPair, TwoClassHead, ValueHead
 
 MARKER, LINE_END = 900, 901
 
@@ -53,5 +53,8 @@ def test_a_step_cannot_be_read_behind_its_own_ids(read_at):
         spec(read_at)
 
 
-def test_the_two_class_head_names_its_four_tensors():
+def test_heads_name_their_tensors():
     assert TwoClassHead().tensors == {"score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias"}
+    assert TwoClassHead("a", "b").tensors == {"a.weight", "a.bias", "b.weight", "b.bias"}
+    assert ValueHead().tensors == {"v_head.summary.weight", "v_head.summary.bias"}
+    assert ValueHead("value").tensors == {"value.weight", "value.bias"}

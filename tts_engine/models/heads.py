@@ -41,15 +41,11 @@ class TwoClassHead:
         self._difference, self._offset = weight_2[1].float() - weight_2[0].float(), bias_2[1].float() - bias_2[0].float()
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, hidden_size: int, *, device: torch.device | str = "cpu") -> "TwoClassHead":
-        """Read `score.0` and `score.2`. Raises ModelError where they are missing or misshapen."""
+    def load(cls, checkpoint: Checkpoint, hidden_size: int, *, hidden: str = "score.0", out: str = "score.2",
+             device: torch.device | str = "cpu") -> "TwoClassHead":  # fmt: skip
+        """Read the layers named `hidden` and `out`. Raises ModelError where they are missing or misshapen."""
         d = hidden_size
-        shapes = {"score.0.weight": (d, d), "score.0.bias": (d,), "score.2.weight": (2, d), "score.2.bias": (2,)}
-        tensors = []
-        for name, shape in shapes.items():
-            tensors.append(torch.empty(shape, dtype=torch.float32, device=device))
-            checkpoint.read_into(name, tensors[-1])
-        return cls(*tensors)
+        return cls(*_read_linear(checkpoint, hidden, d, d, device), *_read_linear(checkpoint, out, 2, d, device))
 
     @torch.inference_mode()
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -60,3 +56,32 @@ class TwoClassHead:
     def _read(self, weight: Tensor, hidden: Tensor) -> tuple[Tensor]:
         inner = F.linear(hidden.float(), weight, self._bias).relu()
         return (torch.sigmoid((inner * self._difference).sum(-1) + self._offset),)
+
+
+class ValueHead:
+    """One linear unit and a sigmoid: TRL's value head, as Skywork's PRMs have it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        """weight [1, d], bias [1]."""
+        self._weight, self._bias = weight[0].float(), bias[0].float()
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, hidden_size: int, *, linear: str = "v_head.summary",
+             device: torch.device | str = "cpu") -> "ValueHead":  # fmt: skip
+        """Read the layer named `linear`. Raises ModelError where it is missing or misshapen."""
+        return cls(*_read_linear(checkpoint, linear, 1, hidden_size, device))
+
+    @torch.inference_mode()
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """hidden [R, d] -> float32 [R]."""
+        (scores,) = in_tiles(lambda weight, h: (torch.sigmoid((h.float() * weight).sum(-1) + self._bias),), self._weight, hidden)
+        return scores
+
+
+def _read_linear(checkpoint: Checkpoint, name: str, rows: int, columns: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """weight [rows, columns] and bias [rows] of a layer, float32."""
+    weight = torch.empty(rows, columns, dtype=torch.float32, device=device)
+    bias = torch.empty(rows, dtype=torch.float32, device=device)
+    checkpoint.read_into(f"{name}.weight", weight)
+    checkpoint.read_into(f"{name}.bias", bias)
+    return weight, bias

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from textwrap import shorten
 
 import numpy as np
 from torch import Tensor
@@ -65,14 +66,20 @@ class Scorer:
         return len(self._waiting)
 
     def submit(self, context: ScoreContext, ask: Ask) -> None:
-        """Take a Score; it is answered through the context's driver, at once where every step has its score already."""
+        """Take a Score; it is answered through the context's driver, at once where every step has its score already.
+
+        Raises EngineError, before anything of it is read, where a branch is longer than the model has positions.
+        """
         answer = Answer(context.driver, ask)
+        readings = []
         for place, branch in enumerate(ask.branches):
             if None in branch.scores:
                 steps = [self.spec.step(step.text, number == 0) for number, step in enumerate(branch.steps)]
-                self._waiting.append(_Reading(context, answer, place, branch, [context.opening, *steps]))
+                readings.append(_Reading(context, answer, place, branch, [context.opening, *steps]))
+                self._refuse_unless_it_fits(readings[-1])
             else:
                 answer.put(place, branch)
+        self._waiting.extend(readings)
 
     def abandon(self, context: ScoreContext) -> None:
         """Forget whatever one search still waits for."""
@@ -103,6 +110,13 @@ class Scorer:
                 tree.drop(nodes[-1])
         for reading, nodes in taken:
             self._answer(reading, [scores.get(node) for node in nodes])
+
+    def _refuse_unless_it_fits(self, reading: _Reading) -> None:
+        length, positions = sum(map(len, reading.ids)), self.runner.decoder.spec.max_positions
+        if length > positions:
+            problem = shorten(reading.branch.path[0].text, 60, placeholder=" ...")
+            raise EngineError(f"a solution to {problem!r} has come to {length} tokens as the PRM reads it, and the PRM has "
+                              f"{positions} positions: lower max_tokens, or take another PRM")  # fmt: skip
 
     def _plan(self, reading: _Reading, nodes: list[int], runs: dict[int, _Run]) -> int:
         """Note the runs that this branch adds to the forward; the tokens they hold."""

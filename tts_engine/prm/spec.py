@@ -27,20 +27,32 @@ class TwoClassHead:
         return frozenset(f"{layer}.{kind}" for layer in (self.hidden, self.out) for kind in ("weight", "bias"))
 
 
+@dataclass(frozen=True, slots=True)
+class ValueHead:
+    """The score is sigmoid(linear(h)), one unit with bias; the field names its tensors, by default as TRL saves them."""
+
+    linear: str = "v_head.summary"  # [1, D]
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        return frozenset(f"{self.linear}.{kind}" for kind in ("weight", "bias"))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PRMSpec:
     """One family bound to one tokenizer.
 
     A path reads as opening(problem), step(text_1, True), step(text_2, False), ... Each piece is tokenised once, alone, and
-    never changes afterwards: whatever follows, the ids so far are a prefix of it (law 8). A step's ids hold the family's
-    marker exactly once, whatever its text, and its score is read from the hidden state at ids[read_at].
+    never changes afterwards: whatever follows, the ids so far are a prefix of it (law 8). The score is read from the hidden
+    state at ids[read_at]. The ids that all steps have in common up to there are the family's marker, and a step's ids hold it
+    exactly once, whatever its text. `testing.check_prm_family` is what a family has to pass.
     """
 
     family: str
     opening: Callable[[str], list[int]]  # problem -> ids before the first step
     step: Callable[[str, bool], list[int]]  # (text, is it the path's first step?) -> ids, marker included
     read_at: int  # from the end of a step's ids: -1 is their last
-    readout: TokenPair | TwoClassHead
+    readout: TokenPair | TwoClassHead | ValueHead
 
     def __post_init__(self) -> None:
         assert self.read_at < 0, "a step is read inside its own ids"
