@@ -17,7 +17,7 @@ SHAPES = {  # rows, new tokens a row, context, heads, KV heads, head_dim
 }
 
 
-@pytest.mark.parametrize("name", ["reference", "per_branch"])
+@pytest.mark.parametrize("name", ["reference", "per_branch", "native"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention(benchmark, shape, name):
     rows, new, context, heads, kv_heads, dim = SHAPES[shape]

@@ -203,8 +203,10 @@ class Worker {
       if (begin >= end) return;
       pack(segment.offset + at, count, kv_head);
       const int first_row = (begin - item.query) * group_, last_row = (end - item.query) * group_;
-      for (int row = first_row; row < last_row; row += kRows) {
-        const int rows = std::min(kRows, last_row - row);
+      const int blocks = (last_row - first_row + kRows - 1) / kRows;
+      const int even = (last_row - first_row + blocks - 1) / blocks;  // rather 4 and 3 rows than 6 and 1
+      for (int row = first_row; row < last_row; row += even) {
+        const int rows = std::min(even, last_row - row);
         int seen[kRows];
         for (int r = 0; r < rows; ++r) {
           const int query = item.query + (row + r) / group_;
