@@ -60,6 +60,8 @@ def test_pair_head_is_the_softmax_of_two_logits(tmp_path):
     hidden = torch.randn(45, 48, generator=torch.Generator().manual_seed(2))
     ref = decoder.logits(hidden)[:, [64, 38]].softmax(-1)[:, 0]
     assert (PairHead.of(decoder, plus_id=64, minus_id=38)(hidden) - ref).abs().max() <= 1e-6
+    with pytest.raises(ModelError, match="from tokens 64 and 97, and the model knows 97"):
+        PairHead.of(decoder, plus_id=64, minus_id=97)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

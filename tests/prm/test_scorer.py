@@ -234,6 +234,15 @@ def test_a_path_longer_than_the_model_has_positions_is_refused_before_it_is_read
     assert bench.scorer.num_open == context.ledger.tokens_computed == 0
 
 
+def test_a_token_that_the_model_does_not_know_is_refused_before_it_is_read(tmp_path):
+    directory = tmp_path / "qwen"
+    random_prm_directory(directory, "qwen2.5-math-prm", vocab_size=40)  # of the tokenizer's 64
+    bench = Bench(load(("qwen2.5-math-prm", None, directory)))
+    with pytest.raises(EngineError, match=r"writes token 59 and its model knows 40: they do not belong together"):
+        bench.ask(bench.context("1"), [grown(root_branch(()), ["1+1"])])  # 59 is the line end
+    assert bench.scorer.num_open == 0
+
+
 def test_a_score_that_is_no_number_is_an_error(prm):
     bench = Bench(load(prm))
     bench.scorer.head = lambda hidden: torch.full((len(hidden),), torch.nan)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ModelError
 from .decoder import Decoder, in_tiles
 from .weights import Checkpoint
 
@@ -20,8 +21,12 @@ class PairHead:
 
     @classmethod
     def of(cls, decoder: Decoder, *, plus_id: int, minus_id: int) -> "PairHead":
+        """Raises ModelError where the model has no such tokens."""
         rows = decoder.weights.lm_head
         assert rows is not None, f"{decoder.spec.architecture} has no vocabulary head"
+        if max(plus_id, minus_id) >= len(rows):
+            raise ModelError(f"a score is read from tokens {plus_id} and {minus_id}, and the model knows {len(rows)}: its "
+                             "tokenizer is another's")  # fmt: skip
         return cls(rows[plus_id], rows[minus_id])
 
     @torch.inference_mode()

@@ -68,7 +68,8 @@ class Scorer:
     def submit(self, context: ScoreContext, ask: Ask) -> None:
         """Take a Score; it is answered through the context's driver, at once where every step has its score already.
 
-        Raises EngineError, before anything of it is read, where a branch is longer than the model has positions.
+        Raises EngineError, before anything of it is read, where a branch has more tokens than the model has positions, or one that
+        the model does not know.
         """
         answer = Answer(context.driver, ask)
         readings = []
@@ -76,7 +77,7 @@ class Scorer:
             if None in branch.scores:
                 steps = [self.spec.step(step.text, number == 0) for number, step in enumerate(branch.steps)]
                 readings.append(_Reading(context, answer, place, branch, [context.opening, *steps]))
-                self._refuse_unless_it_fits(readings[-1])
+                self._refuse_unless_readable(readings[-1])
             else:
                 answer.put(place, branch)
         self._waiting.extend(readings)
@@ -111,12 +112,16 @@ class Scorer:
         for reading, nodes in taken:
             self._answer(reading, [scores.get(node) for node in nodes])
 
-    def _refuse_unless_it_fits(self, reading: _Reading) -> None:
-        length, positions = sum(map(len, reading.ids)), self.runner.decoder.spec.max_positions
-        if length > positions:
+    def _refuse_unless_readable(self, reading: _Reading) -> None:
+        model = self.runner.decoder.spec
+        length, largest = sum(map(len, reading.ids)), max(max(ids, default=0) for ids in reading.ids)
+        if length > model.max_positions:
             problem = shorten(reading.branch.path[0].text, 60, placeholder=" ...")
             raise EngineError(f"a solution to {problem!r} has come to {length} tokens as the PRM reads it, and the PRM has "
-                              f"{positions} positions: lower max_tokens, or take another PRM")  # fmt: skip
+                              f"{model.max_positions} positions: lower max_tokens, or take another PRM")  # fmt: skip
+        if largest >= model.vocab_size:
+            raise EngineError(f"the PRM's tokenizer writes token {largest} and its model knows {model.vocab_size}: they do not "
+                              "belong together")  # fmt: skip
 
     def _plan(self, reading: _Reading, nodes: list[int], runs: dict[int, _Run]) -> int:
         """Note the runs that this branch adds to the forward; the tokens they hold."""
