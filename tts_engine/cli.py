@@ -8,9 +8,11 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,22 +52,26 @@ def number(read: Callable[[str], float], holds: Callable[[float], bool], words: 
 
 
 def read_bytes(text: str) -> int:
-    digits, unit = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")
-    if unit not in BYTE_UNITS:
+    """K, M and G are powers of 1024, as are KiB to TiB; KB to TB are powers of 1000, as memory is sold."""
+    read = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", text)
+    if read is None or read[2].upper() not in BYTE_UNITS:
         raise ValueError(text)
-    return int(digits) << BYTE_UNITS[unit]
+    return int(Fraction(read[1]) * BYTE_UNITS[read[2].upper()])
 
 
-BYTE_UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
+BYTE_UNITS = {"": 1} | {unit: 1024**i for i, unit in enumerate("KMG", 1)}
+BYTE_UNITS |= {f"{unit}{end}": base**i for i, unit in enumerate("KMGT", 1) for end, base in (("B", 1000), ("IB", 1024))}
 integer = number(int, lambda value: value == value, "a whole number")
 whole = number(int, lambda value: value >= 1, "a whole number of at least 1")
 not_negative = number(int, lambda value: value >= 0, "a whole number of at least 0")
 share = number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 real = number(float, lambda value: value == value, "a number")
 size = number(read_bytes, lambda value: value >= 1, "a number of bytes such as 512M or 4G")
+memory = number(read_bytes, lambda value: 1 <= value < 1 << 60, "a size of memory such as 80GB, 141GiB or a number of bytes")
 
 # Settings of EngineConfig: name, how it is read (None: a switch), help. The defaults are EngineConfig's; a test compares.
 ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
+    ("load", str, "weights, or random: made up, from a config.json and a tokenizer alone (default weights)"),
     ("dtype", str, "float32 or bfloat16 (default float32)"),
     ("device", str, "cpu or cuda (default cpu)"),
     ("backend", str, "attention: native, per_branch or reference (default: native on a CPU)"),
@@ -126,7 +132,8 @@ def make_parser() -> Parser:
 
     info = verb("info", run_info, "versions, CPU, and sizes of models, read from their config.json alone", json_last)
     info.add_argument("--policy", metavar="P", help="a model by name, directory or hub id (default: all that ship)")
-    info.add_argument("--prm", metavar="Q", help="another")
+    info.add_argument("--prm", metavar="Q", help="another; a config.json will do for either")
+    info.add_argument("--memory", type=memory, metavar="BYTES", help="tell whether both fit, and how many KV tokens: 80GB, 141GiB")
 
     demo = verb("demo", run_demo, "a small policy with search against a large one without", json_last)
     demo.add_argument("--problems", type=whole, default=100, metavar="N", help="test problems (default %(default)s)")
@@ -195,9 +202,10 @@ def run_eval(args: argparse.Namespace) -> int:
     from .report.table import aggregate_rows, cell_of, table
     from .runs import Run, describe_run, evaluate
 
-    directories = [resolve_checkpoint(model) for model in (policy, prm) if model is not None]
+    config = EngineConfig(**settings)
+    directories = [resolve_checkpoint(model, config.load) for model in (policy, prm) if model is not None]
     description = describe_run(
-        policy=directories[0], prm=directories[1] if prm is not None else None, config=EngineConfig(**settings), method=method,
+        policy=directories[0], prm=directories[1] if prm is not None else None, config=config, method=method,
         seed=args.seed, task=task.name, split=args.split, limit=args.limit, problems=problems,
     )  # fmt: skip
     problems = problems[: args.limit]
@@ -231,14 +239,19 @@ def run_info(args: argparse.Namespace) -> int:
 
     asked = [name for name in (args.policy, args.prm) if name is not None]
     named = asked or [name for name in NAMES if model_path(name).is_dir()]
-    models = [info.model(name, local_directory(name)) for name in named]
+    if args.memory is not None and not asked:
+        raise EngineError("--memory is for models that are named: give --policy, --prm or both")
+    models = [info.model(name, local_directory(name) or (Path(name) if Path(name).is_file() else None)) for name in named]
+    room = info.room(models, args.memory) if asked else None
     installation = info.installation()
     screen = console()
     screen.print(info.installation_table(installation))
     if models:
         screen.print(info.model_table(models))
+    if room is not None:
+        screen.print(info.room_table(room))
     if args.json:
-        print(json.dumps({"installation": installation, "models": models}))
+        print(json.dumps({"installation": installation, "models": models, "room": room}))
     return 0
 
 

@@ -14,13 +14,13 @@ from typing import Self
 
 import torch
 
-from .attention import make_backend
+from .attention import make_backend, refuse_windows
 from .branch import Branch, root_branch
 from .errors import EngineError
 from .ledger import Ledger
 from .models import heads
 from .models.tokenizer import chat_template, encode_prompt, end_ids, load_tokenizer, token_bytes
-from .models.weights import Checkpoint, load_decoder, resolve_checkpoint
+from .models.weights import SOURCES, Checkpoint, load_decoder, resolve_checkpoint
 from .policy import STEP_MARKERS, DrawContext, Limits, Policy, StepRule
 from .prm.families import FAMILIES, recognise, refuse_as_policy
 from .prm.scorer import ScoreContext, Scorer
@@ -47,8 +47,10 @@ class EngineConfig:
     whole solution are cut. system: a system message, "" for none; None asks as the policy's family is used to, see
     tasks/prompts.py. steps: what closes a step, one of policy.STEP_MARKERS. deterministic: a search's tokens never depend on
     what runs beside it, nor on evictions; slower.
+    load: "random" makes the weights up, so that a config.json and a tokenizer are enough.
     """
 
+    load: str = "weights"
     dtype: str = "float32"
     device: str = "cpu"
     backend: str | None = None  # None: "native" on a CPU; elsewhere "per_branch", or "reference" when deterministic
@@ -65,6 +67,8 @@ class EngineConfig:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
+        if self.load not in SOURCES:
+            raise EngineError(f"load={self.load!r} is unknown; known: {', '.join(SOURCES)}")
         if self.dtype not in DTYPES:
             raise EngineError(f"no dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
         if self.steps not in STEP_MARKERS:
@@ -114,21 +118,23 @@ class Engine:
             known = ", ".join(EngineConfig.__slots__)
             raise EngineError(f"unknown setting among {', '.join(sorted(settings))}; known: {known}") from None
         dtype, device = DTYPES[config.dtype], config.device
-        directories = [resolve_checkpoint(name) for name in (policy, prm) if name is not None]
-        checkpoints = [Checkpoint(directory) for directory in directories]
+        names = [name for name in (policy, prm) if name is not None]
+        checkpoints = [SOURCES[config.load](resolve_checkpoint(name, config.load)) for name in names]
         refuse_as_policy(checkpoints[0].config, checkpoints[0].tensor_names, str(policy))
+        backends = [make_backend(config.attention, device, deterministic=config.deterministic) for _ in checkpoints]
+        for backend, checkpoint in zip(backends, checkpoints, strict=True):
+            refuse_windows(backend, checkpoint.spec.windows, str(checkpoint.directory))
         decoders = [load_decoder(c, dtype=dtype, device=device, deterministic=config.deterministic) for c in checkpoints]
         token_bytes_each = [decoder.spec.kv_bytes_per_token(dtype) for decoder in decoders]
         num_blocks = config.kv_bytes // sum(token_bytes_each) // config.block_size
         if num_blocks < 1:
             raise EngineError(f"kv_bytes={config.kv_bytes} holds no block of {config.block_size} tokens: one takes "
                               f"{sum(token_bytes_each) * config.block_size} bytes over both models")  # fmt: skip
-        backends = [make_backend(config.attention, device, deterministic=config.deterministic) for _ in decoders]
         runners = [ModelRunner(decoder, backend, num_blocks=num_blocks, block_size=config.block_size)
                    for decoder, backend in zip(decoders, backends, strict=True)]  # fmt: skip
-        tokenizer = load_tokenizer(directories[0])
+        tokenizer = load_tokenizer(checkpoints[0].directory)
         spec = decoders[0].spec
-        rule = StepRule(token_bytes(tokenizer), end_ids(tokenizer, directories[0]), spec.vocab_size, config.steps)
+        rule = StepRule(token_bytes(tokenizer), end_ids(tokenizer, checkpoints[0].directory), spec.vocab_size, config.steps)
         scorer = make_scorer(runners[1], checkpoints[1], config.prm_family) if prm is not None else None
         return cls(config, Policy(runners[0], rule, max_rows=config.max_rows), scorer, tokenizer, Grader())
 

@@ -18,8 +18,7 @@ from typing import Any, Self
 
 from .engine import Engine, EngineConfig
 from .errors import EngineError, RunError
-from .models.spec import DecoderSpec
-from .models.weights import Checkpoint
+from .models.weights import SOURCES
 from .report.tree import in_order
 from .report.versions import package_version
 from .results import SearchResult
@@ -45,8 +44,8 @@ def describe_run(
         "method": describe_method(method),
         "seed": seed,
         "engine": asdict(config),
-        "policy": describe_model(policy),
-        "prm": describe_model(prm) if prm is not None else None,
+        "policy": describe_model(policy, config.load),
+        "prm": describe_model(prm, config.load) if prm is not None else None,
         "versions": {"python": platform.python_version()}
         | {package: package_version(package) for package in ("tts-engine", "torch", "transformers")},
         "made": {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": platform.machine()},
@@ -57,11 +56,12 @@ def describe_method(method: Method) -> dict[str, Any]:
     return {"name": method.name, **asdict(method)}  # type: ignore[call-overload]
 
 
-def describe_model(directory: Path) -> dict[str, Any]:
-    """A checkpoint's size, and the sha256 of every file that decides what it does."""
-    checkpoint = Checkpoint(directory)
-    spec = DecoderSpec.from_hf(checkpoint.config, str(directory))
-    files = sorted(path for path in checkpoint.directory.iterdir() if path.suffix in (".json", ".safetensors", ".jinja", ".model"))
+def describe_model(directory: Path, load: str = "weights") -> dict[str, Any]:
+    """A checkpoint's size, and the sha256 of every file that decides what it does; of weights that are not loaded, none does."""
+    checkpoint = SOURCES[load](directory)
+    spec = checkpoint.spec
+    kinds = (".json", ".jinja", ".model", *([".safetensors"] if load == "weights" else []))
+    files = sorted(path for path in checkpoint.directory.iterdir() if path.suffix in kinds)
     return {
         "name": checkpoint.directory.name,
         "architecture": spec.architecture,

@@ -6,9 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tts_engine.attention import make_backend
+from tts_engine.engine import Engine, EngineConfig
 from tts_engine.errors import ModelError
-from tts_engine.models.weights import load_decoder, resolve_checkpoint
-from tts_engine.testing import random_model
+from tts_engine.models.weights import RandomCheckpoint, load_decoder, resolve_checkpoint
+from tts_engine.runs import describe_run
+from tts_engine.search import BeamSearch
+from tts_engine.testing import poisoned_cache, random_model, random_policy_directory, random_prm_directory, run_rows
 
 
 @pytest.fixture
@@ -81,7 +85,7 @@ def list_shards(**names):
     (lambda d: (d / "config.json").write_text("[]"), "config.json: expected a JSON object, got list"),
     (lambda d: edit_json(d / "config.json", lambda c: c.update(architectures=["MambaForCausalLM"])), "unknown architecture 'Mamba"),
     (lambda d: (d / "model.safetensors").unlink(), "expected model.safetensors or model.safetensors.index.json; neither"),
-    (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "only pytorch_model.bin, a pickle file, and"),
+    (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "only pytorch_model.bin, a pickle file: rewrite it with"),
     (lambda d: edit_tensors(d, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")), "no tensor 'model.layers.1.mlp.up_proj"),
     (lambda d: edit_tensors(d, lambda t: t.pop("lm_head.weight")), "no tensor 'lm_head.weight'; expected one of shape [97, 48]"),
     (lambda d: edit_tensors(d, lambda t: t.update({"model.norm.weight": torch.ones(47)})), "has shape [47], expected [48]"),
@@ -125,30 +129,127 @@ def test_an_uncached_hub_id_offline_is_one_sentence(tmp_path):
     assert "some-owner/some-model" in done.stdout and done.stdout.count("\n") == 1 and not done.stderr
 
 
+# Weights made up.
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """(family, sizes of its config) -> a directory with nothing but a config.json."""
+
+    def make(family="qwen2", **sizes):
+        model = random_model(family, **sizes)
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(tmp_path)
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("family", "sizes"), [
+    ("llama", {"tie_word_embeddings": True}), ("mistral", {}), ("qwen2", {}), ("qwen3", {"head_dim": 20}),
+    ("qwen2", {"num_hidden_layers": 60}),
+])  # fmt: skip
+def test_made_up_weights_keep_activations_in_bounds(bare, family, sizes, dtype):
+    decoder = load_decoder(RandomCheckpoint(bare(family, **sizes)), dtype=dtype)
+    cache = poisoned_cache(decoder.spec, 40, dtype)
+    logits = decoder.logits(run_rows(decoder, make_backend("reference"), cache, [list(range(40))], [40], [list(range(7, 47))]))
+    assert logits.isfinite().all() and 0.3 < logits.std() < 3 and logits.std(0).min() > 0.1
+    layer = decoder.weights.layers[-1]
+    assert (layer.attention_norm == 1).all() and (layer.qk_norm is None or (layer.qk_norm == 1).all())
+    assert layer.qkv_bias is None or (layer.qkv_bias == 0).all()
+
+
+def test_a_made_up_tensor_hangs_on_its_name_alone(bare):
+    source = RandomCheckpoint(bare("qwen2", num_attention_heads=4, num_key_value_heads=4))
+
+    def read(part, layer=1):
+        tensor = torch.empty(48, 48)
+        source.read_into(f"model.layers.{layer}.self_attn.{part}_proj.weight", tensor)
+        return tensor
+
+    first = {part: read(part) for part in "qkvo"}
+    assert all(torch.equal(read(part), first[part]) for part in "ovkq")
+    weights = load_decoder(source).weights.layers
+    assert torch.equal(weights[1].qkv, torch.cat([first[part] for part in "qkv"])) and torch.equal(weights[1].out, first["o"])
+    different = [*first.values(), read("q", 0)]
+    assert all((a - b).abs().mean() > 0.05 for i, a in enumerate(different) for b in different[:i])
+    assert torch.equal(load_decoder(RandomCheckpoint(source.directory)).weights.embedding, load_decoder(source).weights.embedding)
+
+
+def test_without_weights_any_tensor_can_be_had_and_a_config_is_still_needed(bare, tmp_path):
+    assert RandomCheckpoint(bare()).tensor_names is None
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        RandomCheckpoint(tmp_path)
+
+
+def test_weights_without_a_place_to_be_are_one_sentence(bare):
+    directory = bare()
+    edit_json(directory / "config.json", lambda c: c.update(vocab_size=1 << 24, hidden_size=1 << 24, head_dim=12))
+    with pytest.raises(ModelError, match=r"its weights, \d{16} bytes in all, cannot be held on cpu: ") as caught:
+        load_decoder(RandomCheckpoint(directory))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("load", "wanted"), [("weights", True), ("random", False)])
+def test_weights_are_downloaded_only_to_be_loaded(monkeypatch, load, wanted):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.extend(allow_patterns) or ".")
+    resolve_checkpoint("some-owner/some-model", load)
+    assert ("*.safetensors" in asked) is wanted and {"*.json", "tokenizer.model"} <= set(asked)
+
+
+def test_a_pair_without_weights_is_searched_and_its_record_says_so(tmp_path):
+    policy, prm = tmp_path / "policy", tmp_path / "prm"
+    random_policy_directory(policy)
+    random_prm_directory(prm, "qwen2.5-math-prm")
+    settings = {"load": "random", "kv_bytes": 4 << 20, "block_size": 4, "max_step_tokens": 8, "max_tokens": 40}
+    method = BeamSearch(n=4, width=2, max_steps=3)
+
+    def told():
+        run = describe_run(policy=policy, prm=prm, config=EngineConfig(**settings), method=method, seed=0, task="t", split="test",
+                           limit=None, problems=[])  # fmt: skip
+        return {part: run[part] for part in ("engine", "policy", "prm")}
+
+    before = told()
+    for directory in (policy, prm):
+        (directory / "model.safetensors").unlink()
+    assert told() == before and before["engine"]["load"] == "random"
+    assert before["policy"]["sha256"].keys() == {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    drawn = []
+    for _ in range(2):
+        with Engine.from_pretrained(policy, prm, **settings) as engine:
+            [result] = engine.search(["1+1?"], method)
+            drawn.append([(node.identity, node.tokens, node.score) for node in result.nodes])
+    assert drawn[0] == drawn[1] and len({score for *_, score in drawn[0]}) > 3 and all(0 < score < 1 for *_, score in drawn[0])
+
+
 # The kernel's high-water mark of resident memory, file pages included. (ru_maxrss would start at the parent's: exec keeps it.)
 PEAK = """
 import re, sys, torch
 from pathlib import Path
 import transformers  # what a user has loaded anyway must not count
-from tts_engine.models.weights import load_decoder
+from tts_engine.models.weights import SOURCES, load_decoder
 def resident(mark):
     return int(re.search(mark + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 dtype = getattr(torch, sys.argv[2])
-load_decoder(Path(sys.argv[3]), dtype=dtype)  # a tiny one, for what the first load imports
+load_decoder(SOURCES[sys.argv[4]](Path(sys.argv[3])), dtype=dtype)  # a tiny one, for what the first load imports
 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
 before = resident("VmRSS")
-decoder = load_decoder(Path(sys.argv[1]), dtype=dtype)
+decoder = load_decoder(SOURCES[sys.argv[4]](Path(sys.argv[1])), dtype=dtype)
 print((resident("VmHWM") - before) / (decoder.spec.num_parameters * dtype.itemsize))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_loading_peaks_at_no_more_than_1_2_times_the_weights(tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "load"), [("float32", "weights"), ("bfloat16", "weights"), ("bfloat16", "random")])
+def test_loading_peaks_at_no_more_than_1_2_times_the_weights(tmp_path, dtype, load):
     random_model("qwen2").save_pretrained(tmp_path / "tiny")
     sizes = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 20_000}
     model = random_model("qwen2", tie_word_embeddings=True, **sizes)  # 54 M parameters, 216 MB in float32
     model.save_pretrained(tmp_path / "big")
-    done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / "big"), dtype, str(tmp_path / "tiny")], capture_output=True,
-                          text=True, check=True, env={"PYTHONPATH": ":".join(p for p in sys.path if p), "PATH": ""})  # fmt: skip
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "big"), dtype, str(tmp_path / "tiny"), load]
+    environment = {"PYTHONPATH": ":".join(p for p in sys.path if p), "PATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert 0.9 <= float(done.stdout.split()[-1]) <= 1.2  # below: the mark missed the load

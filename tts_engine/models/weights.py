@@ -106,7 +106,7 @@ class Checkpoint:
             return self._read_index(index)
         if not single.is_file():
             pickles = sorted(p.name for p in self.directory.glob("*.bin"))
-            found = f"only {pickles[0]}, a pickle file, and pickle files are not read" if pickles else "neither is there"
+            found = f"only {pickles[0]}, a pickle file: rewrite it with tts-engine convert" if pickles else "neither is there"
             raise ModelError(f"{self.directory}: expected {SINGLE} or {INDEX}; {found}")
         with _opened(single) as file:
             return dict.fromkeys(file.keys(), single)

@@ -18,6 +18,7 @@ from .text import harmless, short
 from .versions import package_version
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton", "math-verify", "matplotlib")
+DTYPES = (torch.float32, torch.bfloat16)
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
 
 
@@ -36,12 +37,15 @@ def installation() -> dict[str, Any]:
     }
 
 
-def model(name: str, directory: Path | None) -> dict[str, Any]:
-    """A checkpoint by its config.json alone; `directory` None asks the hub for that one file of `name`.
+def model(name: str, path: Path | None) -> dict[str, Any]:
+    """A checkpoint by its config.json alone: `path` is that file or its directory; None asks the hub for that one file of `name`.
 
     Raises ModelError where there is none, or none of a known architecture.
     """
-    path = directory / "config.json" if directory is not None else _from_hub(name)
+    if path is None:
+        path = _from_hub(name)
+    elif path.is_dir():
+        path = path / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -58,13 +62,26 @@ def model(name: str, directory: Path | None) -> dict[str, Any]:
         "heads": spec.num_heads,
         "kv_heads": spec.num_kv_heads,
         "positions": spec.max_positions,
-        "kv_bytes_per_token": {
-            str(dtype).removeprefix("torch."): spec.kv_bytes_per_token(dtype) for dtype in (torch.float32, torch.bfloat16)
-        },
+        "weight_bytes": {_name(dtype): spec.num_parameters * dtype.itemsize for dtype in DTYPES},
+        "kv_bytes_per_token": {_name(dtype): spec.kv_bytes_per_token(dtype) for dtype in DTYPES},
         "flops_per_token": spec.flops_per_token,
         "flops_per_logits": spec.lm_head_flops if spec.lm_head else 0,
         "flops_per_attended_token": spec.attention_flops_per_pair,
     }
+
+
+def room(models: list[dict[str, Any]], memory: int | None) -> dict[str, Any]:
+    """What these models take together, by dtype; with `memory` bytes, whether they fit and the KV tokens each then has room for.
+
+    Weights and KV only: a PRM's own head, activations and whatever else runs there are not counted.
+    """
+    by_dtype = {}
+    for dtype in map(_name, DTYPES):
+        weights = sum(model["weight_bytes"][dtype] for model in models)
+        token = sum(model["kv_bytes_per_token"][dtype] for model in models)
+        tokens = max(0, memory - weights) // token if memory is not None else None
+        by_dtype[dtype] = {"weight_bytes": weights, "fits": tokens > 0 if tokens is not None else None, "kv_tokens": tokens}
+    return {"memory_bytes": memory, "dtypes": by_dtype}
 
 
 def installation_table(installation: dict[str, Any]) -> Table:
@@ -94,6 +111,23 @@ def model_table(models: list[dict[str, Any]]) -> Table:
         sizes.append(f"{model['heads']} / {model['kv_heads']}")
         shown.add_row(*(Text(cell) for cell in (harmless(model["name"]), model["architecture"], *sizes, kv, *flops)))
     return shown
+
+
+def room_table(room: dict[str, Any]) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    headings = ["together", "weights, bytes"]
+    if room["memory_bytes"] is not None:
+        headings += [f"fit {short(room['memory_bytes'])}B", "KV tokens beside them,\nin each model"]
+    for i, heading in enumerate(headings):
+        shown.add_column(heading, justify="left" if i == 0 else "right", vertical="bottom")
+    for dtype, held in room["dtypes"].items():
+        cells = [dtype, short(held["weight_bytes"])]
+        shown.add_row(*cells, *([_told(held["fits"]), short(held["kv_tokens"])] if room["memory_bytes"] is not None else []))
+    return shown
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _from_hub(name: str) -> Path:
