@@ -23,10 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ModelError
-from .weights import CONFIG, INDEX, SINGLE
+from .weights import CONFIG, HUB_FILES, INDEX, SINGLE
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-BESIDE = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")  # what is copied as it stands
 MOST_SHARED = 2  # times the bytes of a shard that its tensors may take: tied ones are written under each of their names
 
 
@@ -102,7 +101,7 @@ def _write(source: Path, shards: dict[str, set[str] | None], part: Path) -> Conv
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}, indent=2)
         (part / INDEX).write_text(text + "\n", encoding="utf-8")
         _sync(part / INDEX)
-    for path in sorted({path for pattern in BESIDE for path in source.glob(pattern)}):
+    for path in sorted({path for pattern in HUB_FILES for path in source.glob(pattern)}):
         if path.name != PICKLED_INDEX and path.is_file():
             shutil.copyfile(path, part / path.name)
             _sync(part / path.name)
