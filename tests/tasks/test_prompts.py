@@ -1,15 +1,19 @@
 """How each family is asked, on the real templates and tokenizers: ids as transformers makes them, dates pinned."""
 
+import shutil
 from datetime import datetime
 
 import pytest
 from transformers.utils import chat_template_utils
 
+from tts_engine.engine import Engine
 from tts_engine.errors import ModelError
 from tts_engine.models.tokenizer import DATE, chat_template, encode_prompt, load_tokenizer
 from tts_engine.prm.families import QWEN_SYSTEM
+from tts_engine.search import Cot
 from tts_engine.tasks.answers import extract_answer
 from tts_engine.tasks.prompts import BOXED, PROMPTS, STEP_BY_STEP, messages, recognise
+from tts_engine.testing import random_policy_directory
 
 # A template's file -> its family, and the tokenizer it is tried with: its own, or one that reads its control words as text.
 TEMPLATES = {
@@ -99,6 +103,20 @@ def test_without_a_template_a_prompt_is_a_line_a_message(tokenizers):
 @pytest.mark.parametrize("system", ["Think.", ""])
 def test_a_system_message_that_is_given_stands_alone(family, system):
     assert messages(PROBLEM, "".join(PROMPTS[family].signs), system) == (system, PROBLEM)
+
+
+@pytest.mark.parametrize(("system", "name"), [(None, "deepseek-r1-distill-qwen"), (None, "llama-3.1"), ("Think.", "llama-3.1")])
+def test_an_engine_asks_as_the_family_is_used_to_or_as_it_is_told(shared, tokenizers, tmp_path, system, name):
+    tokenizer = tokenizers(name)
+    random_policy_directory(tmp_path, vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8)
+    for file in (shared / "tokenizers" / name).glob("tokenizer*.json"):
+        shutil.copy(file, tmp_path)
+    with Engine.from_pretrained(tmp_path, system=system, max_tokens=2, kv_bytes=1 << 20) as engine:
+        [result] = engine.search(PROBLEM, Cot(max_steps=1))
+    prompt = result.branches[0].path[0]
+    said, asked = messages(PROBLEM, tokenizer.chat_template, system)
+    assert list(prompt.tokens) == encode_prompt(tokenizer, asked, said)
+    assert prompt.text == PROBLEM
 
 
 def test_what_policies_are_asked_is_what_the_prm_was_trained_with_and_what_answers_are_found_by():

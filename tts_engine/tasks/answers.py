@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-LONGEST_NUMBER = 1000  # characters; whatever is longer is compared as text
+LONGEST = 1000  # characters; whatever is longer is compared as text
 LONGEST_PHRASE = 1000  # characters that "the answer is" can introduce
 
 _BOX = r"\\(?:boxed|fbox)"
@@ -20,6 +20,8 @@ _FENCES = ((r"\(", r"\)"), (r"\[", r"\]"))
 _DECIMAL = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 _FRACTION = re.compile(r"([-+]?)([0-9]+)?\\frac\{([0-9]+)\}\{([0-9]+)\}")
 _WORDS = re.compile(r"[A-Za-z]{4,}(?: [A-Za-z]+)*")
+_NUMERAL = re.compile(r"[-+]?[0-9][0-9A-F]*_[0-9]+")  # in the base that its index says
+_CLOSED_INFINITY = re.compile(r"\[-\\infty|\\infty\]")
 
 
 def _braced(match: re.Match[str]) -> str:
@@ -52,6 +54,7 @@ _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         (r"\s+(?![0-9a-zA-Z])|(?<![0-9a-zA-Z])\s+", ""),  # a blank between letters or digits says something: 2 1/2
         (r"\s+", " "),
         (r"\.$", ""),
+        (r"^([-+]?)0*([0-9][0-9A-F]*_)\{?([0-9]+)\}?$", r"\1\2\3"),
     )
 ]
 
@@ -85,14 +88,19 @@ def canonical(answer: str) -> Fraction | str:
 def decide(left: Fraction | str, right: Fraction | str) -> bool | None:
     """Whether two canonical forms are equal, as far as text and arithmetic can tell; None where it takes algebra.
 
-    Two plain numbers, or two words of at least four letters, are always decided: algebra would read words as products,
-    and `east` would equal `seat`.
+    Two plain numbers are always decided, and so is what algebra would misread: of two words of at least four letters it makes
+    products, so that `east` would equal `seat`; of `52_8` and `52_4` it drops the bases; it opens every interval at infinity.
     """
     if left == right:
         return True
     if isinstance(left, Fraction) and isinstance(right, Fraction):
         return False
-    if isinstance(left, str) and isinstance(right, str) and _WORDS.fullmatch(left) and _WORDS.fullmatch(right):
+    texts = [form for form in (left, right) if isinstance(form, str)]
+    if any(len(text) > LONGEST for text in texts):
+        return False
+    if len(texts) == 2 and any(all(kind.fullmatch(text) for text in texts) for kind in (_WORDS, _NUMERAL)):
+        return False
+    if len(texts) == 2 and bool(_CLOSED_INFINITY.search(texts[0])) != bool(_CLOSED_INFINITY.search(texts[1])):
         return False
     return None
 
@@ -145,7 +153,7 @@ def _tidy(answer: str) -> str:
 
 
 def _number(text: str) -> Fraction | None:
-    if len(text) > LONGEST_NUMBER:
+    if len(text) > LONGEST:
         return None
     if _DECIMAL.fullmatch(text):
         return Fraction(text)

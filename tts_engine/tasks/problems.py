@@ -4,6 +4,7 @@ A task is read and checked whole before its first problem is given out; what is 
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -87,12 +88,17 @@ def _load_dataset(name: str, dataset: Dataset, split: str) -> list[Problem]:
         raise MissingExtra(
             f"task {name} is read from the hub and datasets is not installed: pip install 'tts-engine[hub]', or give {A_FILE}"
         ) from None
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # without a network it tells of every attempt
     try:
         rows = [dict(row) for row in load_dataset(dataset.hub_id, split=dataset.split)]
         return [_problem(row | {"id": _text(row, [dataset.id], numbers=True)}) for row in rows]
     except Exception as error:  # whatever goes wrong on the way here, and in files that others may change
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TaskError(f"task {name} cannot be had from the hub ({dataset.hub_id}): {reason}; give {A_FILE} instead") from error
+    finally:
+        hub.setLevel(level)
 
 
 DATASETS = {
