@@ -56,13 +56,14 @@ def test_two_models_fit_where_there_is_room_for_a_token_of_both(configs, memory,
     ("24GB", 24 * 10**9), ("24 gb", 24 * 10**9), ("24GiB", 24 << 30), ("23.5GiB", 47 << 29), ("24G", 24 << 30),
     ("0.5TB", 5 * 10**11), ("25769803776", 24 << 30),
 ])  # fmt: skip
-def test_the_command_line_tells_whether_a_pair_fits(capsys, configs, text, size):
-    policy, prm = configs
-    code, out, _ = run(capsys, "info", "--policy", policy, "--prm", prm, "--memory", text, "--json")
+def test_the_command_line_tells_whether_a_pair_fits(capsys, configs, monkeypatch, text, size):
+    monkeypatch.chdir(configs[1].parent)
+    code, out, _ = run(capsys, "info", "--policy", "small", "--prm", "large.json", "--memory", text, "--json")
     report = json.loads(out.splitlines()[-1])
-    assert code == 0 and [model["name"] for model in report["models"]] == [str(policy), str(prm)]
+    assert code == 0 and [model["name"] for model in report["models"]] == ["small", "large.json"]
     assert report["room"]["memory_bytes"] == size
     assert report["room"]["dtypes"]["bfloat16"]["kv_tokens"] == (size - WEIGHTS) // TOKEN
+    assert {" small", " large.json"} <= {line.rstrip() for line in out.splitlines()}
     assert f"fit {short(size)}B" in out and "KV tokens" in out and "494 M" in out and "yes" in out and "4.08 G" in out
 
 
@@ -74,7 +75,7 @@ def test_without_a_memory_the_weights_are_told_and_nothing_is_said_of_room(capsy
     assert json.loads(out.splitlines()[-1])["room"] == {"memory_bytes": None, "dtypes": dtypes}
 
 
-@pytest.mark.parametrize("text", ["", "much", "-4G", "4 T", "80GBB", "0", "1e9", "80,5GB", "9" * 400, "9" * 5000, "²GB", "nan"])
+@pytest.mark.parametrize("text", ["", "much", "-4G", "4 T", "80GBB", "0", "1e9", "80,5GB", "9" * 400, "²GB", "nan"])
 def test_a_bad_size_is_one_sentence(capsys, configs, text):
     code, out, err = run(capsys, "info", "--policy", configs[0], f"--memory={text}")
     assert (code, out) == (2, "")
@@ -82,7 +83,7 @@ def test_a_bad_size_is_one_sentence(capsys, configs, text):
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    ("{", "not JSON"), ("[]", "holds no JSON object"), ('{"architectures": ["GemmaForCausalLM"]}', "unknown architecture 'Gemma"),
+    ("{", "cannot be read"), ("[]", "JSON object"), ('{"architectures": ["GemmaForCausalLM"]}', "unknown architecture 'Gemma"),
     (json.dumps(SMALL | {"num_hidden_layers": 10**9}), "num_hidden_layers must be a whole number from 1 to 4096"),
 ])  # fmt: skip
 def test_a_bad_config_is_one_sentence_with_its_path(tmp_path, content, words):

@@ -100,16 +100,16 @@ def _told(value: Any) -> str:
 def model_table(models: list[dict[str, Any]]) -> Table:
     """A PRM's own head is not counted among the parameters; attention's FLOPs are for every earlier token that a token sees."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    headings = ["model", "architecture", "parameters", "layers", "width", "heads\n/ KV", "KV bytes/token\nfloat32 / bfloat16",
+    headings = ["model,\narchitecture", "parameters", "layers", "width", "heads\n/ KV", "KV bytes/token\nfloat32 / bfloat16",
                 "FLOPs/token\nlayers", "FLOPs\nlogits", "FLOPs/attended\ntoken"]  # fmt: skip
     for i, heading in enumerate(headings):
-        shown.add_column(heading, justify="left" if i < 2 else "right", no_wrap=i > 0, overflow="fold", vertical="bottom")
+        shown.add_column(heading, justify="right" if i else "left", no_wrap=i > 0, overflow="fold", vertical="bottom")
     for model in models:
         kv = " / ".join(short(size) for size in model["kv_bytes_per_token"].values())
         flops = [short(model[f"flops_per_{what}"]) for what in ("token", "logits", "attended_token")]
         sizes = [short(model["parameters"]), *(str(model[size]) for size in ("layers", "hidden_size"))]
         sizes.append(f"{model['heads']} / {model['kv_heads']}")
-        shown.add_row(*(Text(cell) for cell in (harmless(model["name"]), model["architecture"], *sizes, kv, *flops)))
+        shown.add_row(*(Text(cell) for cell in (f"{harmless(model['name'])}\n{model['architecture']}", *sizes, kv, *flops)))
     return shown
 
 
