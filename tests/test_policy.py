@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from tts_engine import policy as room
 from tts_engine.attention import make_backend
 from tts_engine.branch import Finish, root_branch
+from tts_engine.engine import Engine, EngineConfig
+from tts_engine.errors import EngineError
 from tts_engine.ledger import PolicyLedger
 from tts_engine.models.tokenizer import encode_prompt, load_tokenizer, token_bytes
 from tts_engine.models.weights import load_decoder
@@ -215,6 +217,16 @@ def test_a_policy_reads_again_what_it_thought_though_its_template_would_leave_it
     turns = [{"role": "user", "content": "What is x?"}, {"role": "assistant", "content": branch.solution}]
     again = tokenizer.apply_chat_template(turns, tokenize=False)
     assert said in again and "x = 2" not in again
+
+
+def test_an_engine_cuts_steps_as_it_is_told(model):
+    with Engine.from_pretrained(model[1], steps="header", kv_bytes=1 << 20) as engine:
+        rule = engine.policy.rule
+        for mode in STEP_MARKERS:
+            same = np.array_equal(rule._after, StepRule(rule.token_bytes, [], len(rule.token_bytes), mode)._after)
+            assert same == (mode == "header")
+    with pytest.raises(EngineError, match="steps='lines' is unknown; known: blank-line, header, numbered"):
+        EngineConfig(steps="lines")
 
 
 def test_ids_beyond_the_tokenizer_add_nothing():
