@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
+import torch
 
 from .branch import Branch, Finish
+from .errors import EngineError
 from .ledger import PolicyLedger
 from .runner import ModelRunner, Segments, pairs
 from .sampling import Sampling, sample
@@ -337,6 +339,9 @@ class Policy:
             rows, who = sources[at], places[at]
             positions = self._path_start[who] + self._length[who]
             tokens[at] = sample(logits, rows, sampling, self._key[who], self._identity[who], positions)
+        won = logits[torch.from_numpy(sources).to(logits.device), torch.from_numpy(tokens).to(logits.device)]
+        if not won.isfinite().all():
+            raise EngineError("the policy's logits are not finite: its weights or dtype are at fault")
         return tokens
 
     def _append(self, places: np.ndarray, tokens: np.ndarray) -> None:

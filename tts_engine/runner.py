@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention.base import AttentionBackend, BatchLayout
-from .errors import OutOfBlocks
+from .errors import EngineError, OutOfBlocks
 from .kv.cache import KVCache
 from .kv.tree import NO_NODE, KVTree, TreePaths, blocks_needed
 from .ledger import ModelLedger
@@ -39,12 +39,17 @@ class ModelRunner:
     """A decoder, its KV tree and its cache under one budget of blocks."""
 
     def __init__(self, decoder: Decoder, backend: AttentionBackend, *, num_blocks: int, block_size: int) -> None:
+        """Raises EngineError for a pool that cannot be had."""
         spec = decoder.spec
         self.decoder, self.backend = decoder, backend
-        self.tree = KVTree(num_blocks=num_blocks, block_size=block_size)
-        self.cache = KVCache(num_layers=spec.num_layers, num_blocks=num_blocks, block_size=block_size,
-                             num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, dtype=decoder.dtype,
-                             device=decoder.device)  # fmt: skip
+        try:
+            self.tree = KVTree(num_blocks=num_blocks, block_size=block_size)
+            self.cache = KVCache(num_layers=spec.num_layers, num_blocks=num_blocks, block_size=block_size,
+                                 num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, dtype=decoder.dtype,
+                                 device=decoder.device)  # fmt: skip
+        except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+            raise EngineError(f"{num_blocks} KV blocks of {block_size} tokens cannot be held on {decoder.device}: lower "
+                              f"kv_bytes") from error  # fmt: skip
 
     @property
     def block_bytes(self) -> int:

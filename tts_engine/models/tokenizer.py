@@ -2,19 +2,30 @@
 
 import json
 import re
-from collections.abc import Sequence
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
+from jinja2 import Environment
+
 from ..errors import ModelError
+from .spec import LARGEST
+from .weights import read_json
 
 # Templates write today's date into the prompt. Some can be told one, and this is the default that Llama's carry; the others ask
 # for the time, and are given a clock that stands still.
 DATE = "26 Jul 2024"
 _CLOCK = "".join(f"|replace('%{c}','{datetime.strptime(DATE, '%d %b %Y'):%{c}}')" for c in "aAbBdHIjmMpSyY")
 STOPPED_CLOCK = f"{{% macro strftime_now(form) %}}{{{{ form{_CLOCK} }}}}{{% endmacro +%}}"
+ODD = "a \x00\u00e9\U0010ffff\n"  # what a vocabulary may lack: one that cannot do without fails at once, not in a search
+LONGEST_TEMPLATE = 1 << 20  # characters
+RENDER_SECONDS, RENDER_BYTES = 5, 256 << 20
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -28,9 +39,13 @@ def load_tokenizer(directory: Path) -> Any:
 
     if not any((Path(directory) / name).is_file() for name in VOCABULARIES):  # transformers would make an empty one up
         raise ModelError(f"{directory} holds no tokenizer; expected tokenizer.json")
+    strange = next((p for p in Path(directory).iterdir() if p.exists() and not (p.is_file() or p.is_dir())), None)
+    if strange is not None:  # whoever opens a pipe may wait for ever
+        raise ModelError(f"{strange} is not a file; take it out of the checkpoint")
     loader = PreTrainedTokenizerFast if (Path(directory) / "tokenizer.json").is_file() else AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(Path(directory), trust_remote_code=False, local_files_only=True)
+        tokenizer(ODD)
     except Exception as error:  # transformers raises a dozen types here, from OSError to the Rust side's bare Exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{directory} holds no tokenizer that can be read, expected tokenizer.json: {reason}") from error
@@ -40,8 +55,55 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def chat_template(tokenizer: Any) -> str | None:
-    """The template that a conversation is rendered with; None where the tokenizer has none."""
-    return tokenizer.get_chat_template() if tokenizer.chat_template else None
+    """The template that a conversation is rendered with; None where the tokenizer has none. Raises ModelError for an odd one."""
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    if template is not None and not isinstance(template, str):
+        raise ModelError(f"the chat template is no text but {template!r}")
+    if template is not None and len(template) > LONGEST_TEMPLATE:
+        raise ModelError(f"the chat template has {len(template)} characters, and more than {LONGEST_TEMPLATE} are not read")
+    return template
+
+
+def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+    """The conversation as the tokenizer's chat template writes it, dates pinned.
+
+    A template is a program by someone else. It runs in transformers' sandbox, and is stopped where it takes RENDER_SECONDS, or
+    memory grows by RENDER_BYTES: both are looked at from line to line of what it is compiled to, and from call to call. A single
+    operation is not interrupted; the one that can take for ever, a power, is not allowed. Raises ModelError, saying why.
+    """
+    try:
+        template = STOPPED_CLOCK + (chat_template(tokenizer) or "")
+        if any(kind == "operator" and value == "**" for _, kind, value in Environment().lex(template)):
+            raise ModelError("it raises to a power")
+        with _bounded():
+            return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, date_string=DATE,
+                                                     add_generation_prompt=add_generation_prompt))  # fmt: skip
+    except Exception as error:  # it may fail in any way
+        raise ModelError(f"cannot be rendered: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Stop what runs inside where it takes too long or too much. Whoever traced this thread before does so again behind it."""
+    traced, deadline = sys.gettrace(), perf_counter() + RENDER_SECONDS
+    most = _peak_bytes() + RENDER_BYTES
+
+    def watch(frame: Any, event: str, argument: Any) -> Any:
+        if perf_counter() > deadline:
+            raise TimeoutError(f"it takes more than {RENDER_SECONDS} seconds")
+        if _peak_bytes() > most:
+            raise MemoryError(f"it takes more than {RENDER_BYTES >> 20} MiB")
+        return watch if frame.f_code.co_filename == "<template>" else None
+
+    sys.settrace(watch)
+    try:
+        yield
+    finally:
+        sys.settrace(traced)
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def encode_prompt(tokenizer: Any, user: str, system: str = "") -> list[int]:
@@ -76,16 +138,16 @@ def encode_prompt(tokenizer: Any, user: str, system: str = "") -> list[int]:
 
 def end_ids(tokenizer: Any, directory: Path) -> list[int]:
     """Every id that ends a text: the tokenizer's, and those of generation_config.json and config.json (a number or a list)."""
-    found = [tokenizer.eos_token_id]
+    found = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
         path = Path(directory) / name
         if path.is_file():
-            try:
-                value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            except (ValueError, AttributeError) as error:
-                raise ModelError(f"{path} cannot be read as a JSON object: {error}") from error
-            found += value if isinstance(value, list) else [value]
-    return sorted({token for token in found if token is not None})
+            value = read_json(path).get("eos_token_id")
+            ids = value if isinstance(value, list) else [value]
+            if not all(token is None or type(token) is int for token in ids):
+                raise ModelError(f"{path}: eos_token_id must be a whole number or a list of them, got {value!r}")
+            found.update(ids)
+    return sorted(found - {None})
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:
@@ -97,6 +159,8 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     """
     spell = _spelling(tokenizer)
     pieces = tokenizer.get_vocab()
+    if max(pieces.values()) >= LARGEST:
+        raise ModelError(f"the tokenizer has an id of {max(pieces.values())}; expected ids below {LARGEST}")
     silent = {id for id, added in tokenizer.added_tokens_decoder.items() if added.special}
     table = [b""] * (max(pieces.values()) + 1)
     for piece, id in pieces.items():
@@ -114,10 +178,9 @@ def _render(tokenizer: Any, system: str, user: str) -> str:
     reasons = []
     for messages in conversations:
         try:
-            text = tokenizer.apply_chat_template(messages, chat_template=STOPPED_CLOCK + tokenizer.get_chat_template(),
-                                                 add_generation_prompt=True, tokenize=False, date_string=DATE)  # fmt: skip
-        except Exception as error:  # a template is a program by someone else and may fail in any way
-            reasons.append(f"cannot be rendered: {' '.join(str(error).split()) or type(error).__name__}")
+            text = render_chat(tokenizer, messages, add_generation_prompt=True)
+        except ModelError as error:
+            reasons.append(str(error))
             continue
         if user.strip() in text:
             return text

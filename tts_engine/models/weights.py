@@ -69,7 +69,7 @@ class Checkpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise ModelError(f"{self.directory} is not a directory; expected one with {CONFIG}")
-        self.config = _read_json(self.directory / CONFIG)
+        self.config = read_json(self.directory / CONFIG)
 
     @cached_property
     def spec(self) -> DecoderSpec:
@@ -112,7 +112,7 @@ class Checkpoint:
             return dict.fromkeys(file.keys(), single)
 
     def _read_index(self, index: Path) -> dict[str, Path]:
-        names = _read_json(index).get("weight_map")
+        names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
             raise ModelError(f'{index}: expected an object "weight_map" from tensor names to file names')
         for shard in sorted(set(names.values())):
@@ -199,11 +199,16 @@ def _opened(path: Path) -> Any:
         raise ModelError(f"{path} is damaged or cut short ({_first_line(error)}); expected a complete safetensors file") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a checkpoint's JSON file. Raises ModelError where there is none."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing; expected a Hugging Face checkpoint directory with it") from None
+    except RecursionError:
+        raise ModelError(f"{path} cannot be read as JSON: it is nested too deeply") from None
     except (ValueError, OSError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {_first_line(error)}") from error
     if not isinstance(value, dict):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from ..models.tokenizer import DATE
+from ..models.tokenizer import render_chat
 from .spec import PRMSpec, TokenPair, TwoClassHead, ValueHead
 
 if TYPE_CHECKING:
@@ -86,9 +86,9 @@ def around_slots(tokenizer: "Tokenizer", turns: Iterable[tuple[str, str]], famil
         raise ModelError(f"PRM family {family} is read inside a chat, and this tokenizer has no chat template")
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, date_string=DATE))
-    except Exception as error:  # a template is a program by someone else and may fail in any way
-        raise ModelError(f"this tokenizer's chat template cannot be rendered for PRM family {family}: {error}") from error
+        rendered = render_chat(tokenizer, messages)
+    except ModelError as error:
+        raise ModelError(f"PRM family {family} is read inside a chat, and this tokenizer's template {error}") from error
     texts = re.split(f"([{SLOTS}])", rendered)
     if texts[1::2] != [message["content"] for message in messages if message["content"] in SLOTS]:
         raise ModelError(f"this tokenizer's chat template does not show the problem, then the solution; family {family} needs both")

@@ -1,7 +1,6 @@
 """What an installation is, and what a model is before any of its weights are read."""
 
 import importlib.util
-import json
 import os
 import platform
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from ..errors import ModelError
 from ..models.spec import DecoderSpec
+from ..models.weights import read_json
 from .text import harmless, short
 from .versions import package_version
 
@@ -46,13 +46,7 @@ def model(name: str, path: Path | None) -> dict[str, Any]:
         path = _from_hub(name)
     elif path.is_dir():
         path = path / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not JSON'}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} holds no JSON object")
-    spec = DecoderSpec.from_hf(config, str(path))
+    spec = DecoderSpec.from_hf(read_json(path), str(path))
     return {
         "name": name,
         "architecture": spec.architecture,

@@ -28,6 +28,8 @@ from ..branch import Branch, Finish
 from ..errors import EngineError
 from .ranking import AGGREGATES, rank, top
 
+MOST = 1 << 20  # of draws a round and of rounds: beyond is no search but a mistake
+
 Finished = Literal["compete", "hold", "refill"]
 Voted = Literal["finished", "survivors", "n"]
 Grouping = Literal["exact", "canonical"]
@@ -150,6 +152,8 @@ def check_settings(*, max_steps: int, rules: Rules, n: int = 1, width: int = 1) 
     for name, value in {"n": n, "width": width, "max_steps": max_steps}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise MethodError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if value > MOST:
+            raise MethodError(f"{name}={value} is more than the {MOST} that a search can have")
     if n % width:
         raise MethodError(f"n={n} must be a multiple of width={width}: survivors are n // width")
     if not isinstance(rules, Rules):
