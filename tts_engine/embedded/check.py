@@ -175,9 +175,9 @@ def readme(figures: dict[str, Figure], num_problems: int, models: Path) -> str:
         "",
         "Made by `tts-engine embedded train` and measured by it; do not edit. The task: straight-line integer programs "
         "(`tts_engine/tasks/programs.py`), three levels of 2-3, 3-5 and 5-8 operations. Sizes, budgets and seeds: "
-        "`tts_engine/embedded/recipe.py`. `prm-good`, in the Qwen2.5-Math-PRM form, learned from labelled samples of policy-s and "
-        "policy-m; `prm-poor`, in the Math-Shepherd form, from level-1 solutions with one digit replaced: same size, same start, "
-        "as many tokens.",
+        "`tts_engine/embedded/recipe.py`. The PRMs are policy-m with two layers and a head on top. `prm-good`, in the form of "
+        "Qwen2.5-Math-PRM, learned from labelled samples of policy-s and policy-m and an arithmetic drill; `prm-poor`, in that of "
+        "Math-Shepherd, from level-1 solutions with one digit replaced: same size, same start, as many tokens.",
         "",
         f"Percent with 95 % intervals over {num_problems} calibration problems; draws at temperature 0.7.",
         "",

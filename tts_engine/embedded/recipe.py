@@ -20,13 +20,13 @@ class PolicyRecipe:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PRMRecipe:
     """One PRM: the middle policy with ADDED_LAYERS layers and a head on top. Each leg is (tokens of labelled trajectories, peak
-    learning rate); the first trains only what was added."""
+    learning rate), as for a policy: the first trains only what was added, the last learns scores alone, and without drill."""
 
     name: str
     family: str
     trained_on: str  # "samples and drill": of the policies, of all levels; or "corrupted gold" of level 1
     seed: int
-    legs: tuple[tuple[int, float], ...] = ((2_000_000, 3e-3), (7_000_000, 1.5e-3))
+    legs: tuple[tuple[int, float], ...] = ((2_000_000, 3e-3), (7_000_000, 1.5e-3), (3_000_000, 5e-4))
     start: str = "policy-m"
 
 

@@ -134,11 +134,12 @@ def round_weights(model: torch.nn.Module) -> None:
             parameter.copy_(parameter.to(torch.bfloat16))
 
 
-def train_prm(recipe: PRMRecipe, start: Path, trajectories: Iterable[Trajectory], directory: Path, log: Log = print) -> None:
-    """Train one PRM from the policy in `start` and save it in its family's form.
+def train_prm(recipe: PRMRecipe, start: Path, early: Iterable[Trajectory], last: Iterable[Trajectory], directory: Path,
+              log: Log = print) -> None:  # fmt: skip
+    """Train one PRM from the policy in `start`, its last leg on `last`, and save it in its family's form.
 
-    Beside the steps' scores it learns, through a head that is not kept, which characters of each result are right: a score
-    alone is too little to learn arithmetic from.
+    Beside the steps' scores it learns, in all legs but the last and through a head that is not kept, which characters of each
+    result are right: a score alone is too little to learn arithmetic from.
     """
     from transformers import Qwen2ForCausalLM
 
@@ -155,20 +156,32 @@ def train_prm(recipe: PRMRecipe, start: Path, trajectories: Iterable[Trajectory]
     pair = [spec.readout.minus, spec.readout.plus] if isinstance(spec.readout, TokenPair) else []
     parameters = [*model.parameters(), *digit.parameters(), *(() if pair else score.parameters())]
 
-    def step_loss(ids, targets):
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        of_step, of_digit = targets.ge(FIRST_ERROR) & targets.le(LATER_ERROR), targets.ge(WRONG_DIGIT)
+    def loss_of_scores(hidden, targets):
+        of_step = targets.ge(FIRST_ERROR) & targets.le(LATER_ERROR)
         steps = hidden[of_step]
         logits = steps @ model.model.embed_tokens.weight[pair].T if pair else score(steps)
-        return balanced_loss(logits, targets[of_step]) + balanced_loss(digit(hidden[of_digit]), targets[of_digit])
+        return balanced_loss(logits, targets[of_step])
 
-    rows = labelled_rows(spec, tokenizer.convert_tokens_to_ids("="), trajectories)
+    def loss_of_last(ids, targets):
+        return loss_of_scores(model.model(input_ids=ids, use_cache=False).last_hidden_state, targets)
+
+    def loss_of_early(ids, targets):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        of_digit = targets.ge(WRONG_DIGIT)
+        return loss_of_scores(hidden, targets) + balanced_loss(digit(hidden[of_digit]), targets[of_digit])
+
+    equals = tokenizer.convert_tokens_to_ids("=")
+    early_rows, last_rows = (labelled_rows(spec, equals, trajectories) for trajectories in (early, last))
     for leg, (tokens, learning_rate) in enumerate(recipe.legs):
         for parameter in known:
             parameter.requires_grad_(leg > 0)
+        rows, loss = (early_rows, loss_of_early) if leg < len(recipe.legs) - 1 else (last_rows, loss_of_last)
         stream = batches(rows, batch_tokens=BATCH_TOKENS, total_tokens=tokens, seed=recipe.seed + 1000 * leg)
         learning = [parameter for parameter in parameters if parameter.requires_grad]
-        fit(step_loss, learning, stream, total_tokens=tokens, learning_rate=learning_rate, name=recipe.name, log=log)
+        fit(loss, learning, stream, total_tokens=tokens, learning_rate=learning_rate, name=recipe.name, log=log)
+        if leg >= len(recipe.legs) - 2:  # the last leg starts from what could be saved, and ends with it
+            round_weights(model)
+            round_weights(score)
     model.bfloat16()
     if not pair:
         tensors = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}
@@ -299,13 +312,15 @@ def _run_lane(names: Sequence[str], out: Path, work: Path) -> None:
 
 
 def _make_prm(recipe: PRMRecipe, directory: Path, out: Path, work: Path, log: Log) -> None:
+    early: Iterable[Trajectory]
+    last: Iterable[Trajectory]
     if recipe.trained_on == "corrupted gold":
-        trajectories = corrupted_gold(recipe.seed)
+        early, last = corrupted_gold(recipe.seed), corrupted_gold(recipe.seed + 1)
     else:
         files = [work / f"{policy}.jsonl" for policy in SAMPLED_POLICIES]
         for number, (policy, file) in enumerate(zip(SAMPLED_POLICIES, files, strict=True)):
             if not file.exists():
                 sample_trajectories(out / policy, file, seed=100 + number, log=log)
-        pairs = zip(sampled(files), arithmetic_drill(recipe.seed), strict=False)
-        trajectories = itertools.chain.from_iterable(pairs)
-    train_prm(recipe, out / recipe.start, trajectories, directory, log)
+        early = itertools.chain.from_iterable(zip(sampled(files), arithmetic_drill(recipe.seed), strict=False))
+        last = sampled(files)
+    train_prm(recipe, out / recipe.start, early, last, directory, log)
