@@ -20,7 +20,7 @@ FLOORS = {
     6: {"policy", "prm"},
     7: {"engine", "tasks", "results"},
     8: {"strategy", "report", "embedded"},
-    9: {"runs", "demo", "cli", "__main__"},
+    9: {"runs", "score", "rescore", "demo", "cli", "__main__"},
     10: {"", "testing"},  # the package's own face, and the doubles
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
@@ -31,7 +31,8 @@ NEIGHBOURS = {
     ("scheduler", "kv"),
     ("runner", "graphs"), ("runner", "sampling"),
     ("engine", "results"), ("engine", "tasks"), ("results", "tasks"),
-    ("cli", "runs"), ("cli", "demo"), ("demo", "runs"), ("__main__", "cli"),
+    ("score", "runs"), ("rescore", "runs"), ("rescore", "score"), ("demo", "runs"),
+    ("cli", "runs"), ("cli", "score"), ("cli", "rescore"), ("cli", "demo"), ("__main__", "cli"),
 }  # fmt: skip
 
 

@@ -10,15 +10,13 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from .engine import Engine, EngineConfig
 from .errors import EngineError, RunError
-from .models.weights import SOURCES
 from .report.tree import in_order
 from .report.versions import package_version
 from .results import SearchResult
@@ -26,14 +24,19 @@ from .search import Method
 from .tasks.grader import Grader
 from .tasks.problems import Problem
 
+if TYPE_CHECKING:  # what takes torch; to read a run takes none
+    from .engine import Engine, EngineConfig
+
 SCHEMA_VERSION = 1
 RUN, PROBLEMS = "run.json", "problems.jsonl"
-NOT_COMPARED = ("made", "policy.name", "prm.name")  # when and where, and what a model's directory is called
+NOT_COMPARED = ("made", "policy.name", "prm.name", "rescores.name")  # when and where, and what a model's directory is called
 MOST_DIFFERENCES = 4
+
+Told = Callable[[dict[str, Any]], None]  # who is told of a record
 
 
 def describe_run(
-    *, policy: Path, prm: Path | None, config: EngineConfig, method: Method, seed: int,
+    *, policy: Path, prm: Path | None, config: "EngineConfig", method: Method, seed: int,
     task: str, split: str, limit: int | None, problems: Sequence[Problem],
 ) -> dict[str, Any]:  # fmt: skip
     """What run.json holds. `problems` are all of the task's split; `limit` says how many of them are asked."""
@@ -46,10 +49,27 @@ def describe_run(
         "engine": asdict(config),
         "policy": describe_model(policy, config.load),
         "prm": describe_model(prm, config.load) if prm is not None else None,
-        "versions": {"python": platform.python_version()}
-        | {package: package_version(package) for package in ("tts-engine", "torch", "transformers")},
+    } | describe_making()
+
+
+def describe_making() -> dict[str, Any]:
+    """With what, when and where a run is made."""
+    packages = ("tts-engine", "torch", "transformers")
+    return {
+        "versions": {"python": platform.python_version()} | {package: package_version(package) for package in packages},
         "made": {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": platform.machine()},
     }
+
+
+def describe_records(directory: Path) -> dict[str, Any]:
+    """Which run this is, as far as it has come: how many problems, and the sha256 of its description and of their lines."""
+    directory = Path(directory)
+    ends = [end for _, end in _read_lines(directory / PROBLEMS)]
+    digest = hashlib.sha256()
+    with (directory / PROBLEMS).open("rb") as file:
+        while ends and (block := file.read(min(1 << 20, ends[-1] - file.tell()))):
+            digest.update(block)
+    return {"problems": len(ends), "sha256": {RUN: _sha256(directory / RUN), PROBLEMS: digest.hexdigest()}}
 
 
 def describe_method(method: Method) -> dict[str, Any]:
@@ -58,6 +78,8 @@ def describe_method(method: Method) -> dict[str, Any]:
 
 def describe_model(directory: Path, load: str = "weights") -> dict[str, Any]:
     """A checkpoint's size, and the sha256 of every file that decides what it does; of weights that are not loaded, none does."""
+    from .models.weights import SOURCES
+
     checkpoint = SOURCES[load](directory)
     spec = checkpoint.spec
     kinds = (".json", ".jinja", ".model", *([".safetensors"] if load == "weights" else []))
@@ -79,20 +101,11 @@ def describe_result(result: SearchResult, grader: Grader) -> dict[str, Any]:
     """
     nodes = in_order(result.nodes)
     place = {0: -1} | {node.identity: i for i, node in enumerate(nodes)}
-    gold = result.problem.answer
     root = nodes[0].path[0] if nodes else None
-
-    def verdict(answer: str | None) -> bool | None:
-        return None if gold is None else grader.equal(gold, answer)
-
-    return _header(result.problem, result.method, result.seed) | {
-        "answer": result.answer,
-        "correct": verdict(result.answer),
-        "aggregates": {name: {"answer": answer, "correct": verdict(answer)} for name, answer in result.aggregates.items()},
-        "branches": [
-            {"node": place[branch.identity], "answer": answer, "group": group}
-            for branch, answer, group in zip(result.branches, result.answers, result.groups, strict=True)
-        ],
+    voted = zip([place[branch.identity] for branch in result.branches], result.answers, result.groups, strict=True)
+    choice = describe_choice(result.problem.answer, result.answer, result.aggregates, voted, grader)
+    known = _header(result.problem, result.method, result.seed) | choice
+    return known | {
         "prompt_tokens": list(root.tokens) if root else [],
         "nodes": [
             {
@@ -109,6 +122,23 @@ def describe_result(result: SearchResult, grader: Grader) -> dict[str, Any]:
         ],
         "ledger": result.ledger.as_dict(),
         "error": None,
+    }
+
+
+def describe_choice(
+    gold: str | None, answer: str | None, aggregates: dict[str, str | None],
+    voted: Iterable[tuple[int, str | None, str | None]], grader: Grader,
+) -> dict[str, Any]:  # fmt: skip
+    """The part of a record that follows from its tree. voted: of each branch its place among the nodes, its answer, its group."""
+
+    def verdict(answer: str | None) -> bool | None:
+        return None if gold is None else grader.equal(gold, answer)
+
+    return {
+        "answer": answer,
+        "correct": verdict(answer),
+        "aggregates": {name: {"answer": chosen, "correct": verdict(chosen)} for name, chosen in aggregates.items()},
+        "branches": [{"node": place, "answer": own, "group": group} for place, own, group in voted],
     }
 
 
@@ -146,7 +176,7 @@ class Run:
         try:
             self._lock()
             for record, end in _read_lines(self.directory / PROBLEMS):
-                self.records.append(_outcome(record))
+                self.records.append(outcome(record))
                 self._end = end
             self._settle(description)
             os.ftruncate(self._file, self._end)
@@ -171,7 +201,7 @@ class Run:
 
     def append(self, record: dict[str, Any]) -> None:
         """Put one finished problem on the disk. Raises RunError where it cannot be written; the run stays as it was."""
-        line = _line(record)
+        line = as_line(record)
         try:
             written = os.write(self._file, line)
             if written < len(line):
@@ -184,7 +214,7 @@ class Run:
         finally:  # the file tells, also where Ctrl-C came right after the write
             if os.fstat(self._file).st_size == self._end + len(line):
                 self._end += len(line)
-                self.records.append(_outcome(record))
+                self.records.append(outcome(record))
 
     def _lock(self) -> None:
         try:
@@ -208,7 +238,8 @@ def read_description(directory: Path) -> dict[str, Any]:
     file = Path(directory) / RUN
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        as_line(description)
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{file} cannot be read: {getattr(error, 'strerror', None) or 'not JSON'}") from error
     if not isinstance(description, dict):
         raise RunError(f"{file} is no description of a run")
@@ -233,19 +264,30 @@ def refuse_unless_same(directory: Path, made: dict[str, Any], asked: dict[str, A
     raise RunError(f"{directory} was made with {have}, not {want}{more}; use its settings to continue it, or choose another --out")
 
 
-def evaluate(
-    engine: Engine, problems: Sequence[Problem], method: Method, run: Run, *, seed: int, finished: Callable[[dict[str, Any]], None]
-) -> None:
+def evaluate(engine: "Engine", problems: Sequence[Problem], method: Method, run: Run, *, seed: int, finished: Told) -> None:
     """Search what the run lacks; `finished` is told of each record once it is on the disk.
 
     A problem that can never fit is recorded as an error and the rest go on; where none fits, that is an error of the settings
-    and raised. `seconds` of a record is the time since the one before it, so they add up to the time the run took.
+    and raised.
     """
     done = run.done
     waiting = [problem for problem in problems if problem.id not in done]
     refused = {problem.id: error for problem in waiting if (error := _refusal(engine, problem, method, seed))}
     if waiting and len(refused) == len(waiting):
         raise next(iter(refused.values()))
+    put = timed(run, finished)
+    for problem in waiting:
+        if problem.id in refused:
+            put(describe_failure(problem, method, seed, refused[problem.id]))
+    for result in engine.stream([problem for problem in waiting if problem.id not in refused], method, seed=seed):
+        put(describe_result(result, engine.grader))
+
+
+def timed(run: Run, finished: Told) -> Told:
+    """What puts a record into the run and then tells `finished`.
+
+    `seconds` of a record is the time since the one before it, so they add up to the time the run took.
+    """
     mark = time.perf_counter()
 
     def put(record: dict[str, Any]) -> None:
@@ -255,14 +297,10 @@ def evaluate(
         run.append(record)
         finished(record)
 
-    for problem in waiting:
-        if problem.id in refused:
-            put(describe_failure(problem, method, seed, refused[problem.id]))
-    for result in engine.stream([problem for problem in waiting if problem.id not in refused], method, seed=seed):
-        put(describe_result(result, engine.grader))
+    return put
 
 
-def _refusal(engine: Engine, problem: Problem, method: Method, seed: int) -> EngineError | None:
+def _refusal(engine: "Engine", problem: Problem, method: Method, seed: int) -> EngineError | None:
     """Why this problem cannot be searched; None where it can. Nothing is computed."""
     try:
         engine.stream(problem, method, seed=seed)
@@ -288,7 +326,7 @@ def _read_lines(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
         raise RunError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def _outcome(record: dict[str, Any]) -> dict[str, Any]:
+def outcome(record: dict[str, Any]) -> dict[str, Any]:
     """A record without the parts that grow with the search."""
     return {key: value for key, value in record.items() if key not in ("problem", "prompt_tokens", "nodes", "branches")}
 
@@ -296,12 +334,13 @@ def _outcome(record: dict[str, Any]) -> dict[str, Any]:
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and "id" in record else None
+    return record if isinstance(record, dict) and isinstance(record.get("id"), str) else None
 
 
-def _line(record: dict[str, Any]) -> bytes:
+def as_line(record: dict[str, Any]) -> bytes:
+    """A record as it stands in a journal. Raises ValueError for what JSON or UTF-8 does not have: NaN, half a surrogate pair."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
