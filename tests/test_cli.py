@@ -93,6 +93,15 @@ def shell(*argv, **how):
         (["eval", "--task", "embedded", "--split", "exam", "--out", "OUT"], "no split 'exam'"),
         (["eval", "--task", "embedded", "--limit", "0", "--out", "OUT"], "'0' is not a whole number of at least 1"),
         (["eval", "--task", "embedded", "--out", "/dev/null/run"], "/dev/null/run cannot be used"),
+        (["score"], "arguments are required: DIR"),
+        (["score", "no/such/run"], "no/such/run/run.json cannot be read: No such file"),
+        (["score", "no/such/run", "--grouping", "loose"], "invalid choice: 'loose' (choose from"),
+        (["rescore", "no/such/run"], "arguments are required: --prm"),
+        (["rescore", "no/such/run", "--prm", "prm-good"], "no/such/run/run.json cannot be read: No such file"),
+        (["rescore", "no/such/run", "--prm", "prm-good", "--n", "4"], "unrecognized arguments: --n 4"),
+        (["convert", "no/such/place"], "arguments are required: DST"),
+        (["convert", "no/such/place", "OUT"], "no/such/place is not a directory"),
+        (["convert", "/dev/null", "OUT"], "/dev/null is not a directory"),
         (["info", "--policy", "/dev/null/x"], "/dev/null/x"),
         (["demo", "--problems", "0"], "'0' is not a whole number of at least 1"),
         (["demo", "--seed", "1"], "unrecognized arguments: --seed"),
@@ -130,7 +139,9 @@ def test_a_problem_too_long_for_the_model_is_one_sentence(run, given):
 # --- help -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["", "solve", "eval", "info", "demo", "embedded", "embedded train", "embedded check"])
+@pytest.mark.parametrize(
+    "verb", ["", "solve", "eval", "score", "rescore", "convert", "info", "demo", "embedded", "embedded train", "embedded check"]
+)
 def test_every_verb_explains_itself(run, verb):
     code, out, err = run(*verb.split(), "--help")
     assert (code, err) == (0, "") and out.startswith(f"usage: tts-engine {verb}")
@@ -245,6 +256,73 @@ def test_a_reader_that_leaves_is_no_traceback(given):
     child.stdout.close()
     assert "Traceback" not in child.stderr.read()
     assert child.wait(timeout=60) == 1
+
+
+# --- score, rescore, convert ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_scored_again_and_read_by_another_prm(run, given, models, tmp_path):
+    source, out = tmp_path / "run", tmp_path / "run-by-prm2"
+    random_prm_directory(tmp_path / "prm2", "qwen2.5-math-prm")
+    task = ["--task", "embedded", "--split", "calibration", "--limit", 3]
+    assert run("eval", *given, *task, "--method", "beam", "--n", 4, "--out", source)[0] == 0
+    code, shown, err = run("score", source, "--json")
+    *lines, last = shown.splitlines()
+    assert (code, err) == (0, "") and lines[-1] == "all as their records say" and "last_vote" in shown
+    assert json.loads(last) == {"problems": 3, "failed": 0, "correct": 0, "changed": [], "aggregates": dict.fromkeys(
+        ["majority", "last_max", "last_vote", "min_max", "min_vote", "mean_max", "mean_vote"], 0)}  # fmt: skip
+    code, shown, _ = run("rescore", source, "--prm", tmp_path / "prm2", "--json")
+    assert code == 0 and json.loads(shown.splitlines()[-1])["out"] == str(out) and "as prm2 reads it: 3 problems" in shown
+    ours, theirs = ([json.loads(line) for line in (d / "problems.jsonl").read_text().splitlines()] for d in (out, source))
+    assert [r["id"] for r in ours] == [r["id"] for r in theirs]
+    for new, old in zip(ours, theirs, strict=True):
+        assert [node["tokens"] for node in new["nodes"]] == [node["tokens"] for node in old["nodes"]]
+        assert not {node["score"] for node in new["nodes"]} & {node["score"] for node in old["nodes"]}
+    assert run("rescore", source, "--prm", tmp_path / "prm2")[0] == 0  # nothing left to do
+    assert len((out / "problems.jsonl").read_text().splitlines()) == 3
+    code, shown, err = run("rescore", source, "--prm", models / "prm", "--out", out)
+    assert (code, shown) == (2, "") and "was made with prm." in err and err.count("\n") == 1
+    code, shown, err = run("rescore", source, "--prm", models / "prm", "--out", source)
+    assert (code, shown) == (2, "") and "is the run itself" in err and err.count("\n") == 1
+
+
+def test_a_record_that_says_otherwise_is_told_and_a_damaged_one_refused(run, given, tmp_path):
+    task = tmp_path / "task.jsonl"
+    task.write_text("".join(json.dumps({"problem": text, "answer": "2"}) + "\n" for text in ("a=1+1;a?", "1+" * 400 + "1?")))
+    source = tmp_path / "run"
+    assert run("eval", *given, "--task", task, "--method", "majority", "--n", 2, "--out", source)[0] == 1
+    records = [json.loads(line) for line in (source / "problems.jsonl").read_text().splitlines()]
+    [solved] = [record for record in records if record["error"] is None]
+    solved["correct"] = True
+    (source / "problems.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    code, shown, _ = run("score", source, "--json")
+    assert code == 0 and f"1 problems come out otherwise than their records say, {solved['id']} among them" in shown
+    assert json.loads(shown.splitlines()[-1])["changed"] == [solved["id"]] and json.loads(shown.splitlines()[-1])["failed"] == 1
+    records[0]["nodes"] = "none"
+    (source / "problems.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for argv in (["score", source], ["rescore", source, "--prm", "prm-good", "--out", tmp_path / "out"]):
+        code, shown, err = run(*argv)
+        assert (code, shown) == (2, "") and "line 1 is no record of a search" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickled_policy_is_converted_and_solves_as_before(run, given, models, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    for path in (models / "policy").glob("*.json"):
+        (old / path.name).write_bytes(path.read_bytes())
+    torch.save(load_file(models / "policy" / "model.safetensors"), old / "pytorch_model.bin")
+    code, shown, err = run("convert", old, new, "--json")
+    told = json.loads(shown.splitlines()[-1])
+    assert (code, err) == (0, "") and told["files"] == 1 and told["out"] == str(new) and f"{told['tensors']} tensors, " in shown
+    answers = [run("solve", PROBLEM, *given, "--policy", policy, "--n", 4, "--json")[1] for policy in (models / "policy", new)]
+    before, after = (json.loads(answer.splitlines()[-1])["nodes"] for answer in answers)
+    assert before == after
+    code, shown, err = run("convert", old, new)
+    assert (code, shown) == (2, "") and "exists; give the name of a directory to be made" in err and err.count("\n") == 1
 
 
 # --- info -----------------------------------------------------------------------------------------------------------------

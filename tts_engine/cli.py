@@ -10,16 +10,18 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from .embedded import BLOCK_SIZE, MODELS, NAMES, model_path
 from .errors import EngineError
 from .report.versions import package_version
 from .search import METHODS, PRESETS, Method, make_method
+from .search.rules import Grouping
 from .tasks.problems import A_FILE, TASKS, find_task
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -87,6 +89,9 @@ ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
     ("prm_family", str, "qwen2.5-math-prm or math-shepherd, where the PRM's files do not say"),
     ("deterministic", None, "a problem's tokens never depend on what runs beside it; slower"),
 ]
+# Those of them that decide how a PRM reads.
+READING_OPTIONS = ("load", "dtype", "device", "backend", "kv_bytes", "block_size", "prm_family", "deterministic")
+GROUPINGS = get_args(Grouping)
 
 
 def make_parser() -> Parser:
@@ -94,11 +99,7 @@ def make_parser() -> Parser:
     models = engine.add_argument_group("models", f"{', '.join(NAMES)} ship with the package; else a directory or a hub id")
     models.add_argument("--policy", metavar="P", default=POLICY, help="who writes the steps (default %(default)s)")
     models.add_argument("--prm", metavar="Q", help=f"who scores them (default {PRM} beside a policy that ships)")
-    group = engine.add_argument_group("engine")
-    for name, read, text in ENGINE_OPTIONS:
-        how: dict[str, Any] = {"action": "store_true"} if read is None else {"type": read, "metavar": name.split("_")[-1].upper()}
-        group.add_argument(f"--{name.replace('_', '-')}", default=None, help=text, **how)
-    group.add_argument("--threads", type=whole, metavar="N", help="CPU threads (default: torch's own choice)")
+    add_engine_options(engine.add_argument_group("engine"), [name for name, *_ in ENGINE_OPTIONS])
 
     group = method.add_argument_group("method")
     group.add_argument("--method", choices=METHODS, default=METHOD, help=f"{', '.join(METHODS)} (default {METHOD})", metavar="M")
@@ -130,6 +131,21 @@ def make_parser() -> Parser:
     evaluate.add_argument("--limit", type=whole, metavar="K", help="only the first K problems (default: all)")
     evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="made, or continued where it stopped")
 
+    score = verb("score", run_score, "choose anew among the stored trees of a run, without a model", json_last)
+    score.add_argument("run_directory", type=Path, metavar="DIR", help="as eval or rescore wrote it")
+    score.add_argument("--grouping", choices=GROUPINGS, metavar="G", help=f"{' or '.join(GROUPINGS)} (default: the run's rules')")
+
+    rescore = verb("rescore", run_rescore, "let another PRM read the stored trees of a run; what is not given here is as the run "
+                   "was made", json_last)  # fmt: skip
+    rescore.add_argument("run_directory", type=Path, metavar="DIR", help="as eval wrote it; it is not changed")
+    rescore.add_argument("--prm", metavar="Q", required=True, help=f"{', '.join(NAMES)} ship; else a directory or a hub id")
+    rescore.add_argument("--out", type=Path, metavar="DIR2", help="made, or continued where it stopped (default DIR-by-Q)")
+    add_engine_options(rescore.add_argument_group("engine"), READING_OPTIONS)
+
+    convert = verb("convert", run_convert, "write pytorch_model.bin, in one file or shards, anew as safetensors", json_last)
+    convert.add_argument("source", type=Path, metavar="SRC", help="a checkpoint's directory; it is not changed")
+    convert.add_argument("destination", type=Path, metavar="DST", help="the directory to make")
+
     info = verb("info", run_info, "versions, CPU, and sizes of models, read from their config.json alone", json_last)
     info.add_argument("--policy", metavar="P", help="a model by name, directory or hub id (default: all that ship)")
     info.add_argument("--prm", metavar="Q", help="another; a config.json will do for either")
@@ -148,6 +164,16 @@ def make_parser() -> Parser:
     check = verb("check", run_embedded_check, "measure the models anew and compare with what ships", json_last, under=parts)
     check.add_argument("--problems", type=whole, metavar="N", help="calibration problems (default: all)")
     return parser
+
+
+def add_engine_options(group: Any, names: Sequence[str]) -> None:
+    """Those of ENGINE_OPTIONS that are named."""
+    for name, read, text in ENGINE_OPTIONS:
+        if name in names:
+            value = name.split("_")[-1].upper()
+            how: dict[str, Any] = {"action": "store_true"} if read is None else {"type": read, "metavar": value}
+            group.add_argument(f"--{name.replace('_', '-')}", default=None, help=text, **how)
+    group.add_argument("--threads", type=whole, metavar="N", help="CPU threads (default: torch's own choice)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,6 +258,81 @@ def run_eval(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(cell.as_dict() | {"failed": len(failed), "out": str(args.out)}))
     return EXIT_FAILED if failed else 0
+
+
+def run_score(args: argparse.Namespace) -> int:
+    from .score import score
+    from .tasks.grader import Grader
+
+    with Grader() as grader:
+        scored = score(args.run_directory, grader, args.grouping)
+    screen = console()
+    show_choices(screen, scored.records, f"{args.run_directory}: {len(scored.records)} problems")
+    if scored.changed:
+        screen.print(f"{len(scored.changed)} problems come out otherwise than their records say, {scored.changed[0]} among them",
+                     markup=False)  # fmt: skip
+    else:
+        screen.print("all as their records say")
+    if args.json:
+        print(json.dumps(choices(scored.records) | {"changed": scored.changed}))
+    return 0
+
+
+def run_rescore(args: argparse.Namespace) -> int:
+    set_threads(args.threads)
+    from .models.weights import resolve_checkpoint
+    from .report.progress import Progress
+    from .rescore import config_of, describe_rescoring, load_scorer, rescore
+    from .runs import Run
+    from .score import read_trees
+
+    source = args.run_directory
+    given = {name: getattr(args, name) for name in READING_OPTIONS}
+    config = config_of(source, **{name: value for name, value in given.items() if value is not None})
+    check_device(config.device)
+    prm = resolve_checkpoint(local_directory(args.prm) or args.prm, config.load)
+    name = Path(args.prm).resolve().name
+    out = args.out or source.resolve().with_name(f"{source.resolve().name}-by-{name}")
+    if out.resolve() == source.resolve():
+        raise EngineError(f"--out {out} is the run itself, which is not changed: choose another --out")
+    description = describe_rescoring(source, prm, config)
+    count = description["rescores"]["problems"]  # a run that is being written may grow meanwhile
+
+    def trees() -> Iterator[Any]:
+        return islice(read_trees(source), count)
+
+    for _ in trees():  # none is read, nor --out made, before all are found sound
+        pass
+    with Run(out, description) as run:
+        if len(run.done) < count:
+            try:
+                with Progress(count) as progress:
+                    progress.begin(name, run.records)
+                    rescore(trees(), load_scorer(prm, config), run, finished=progress.advance)
+            except KeyboardInterrupt:
+                print(f"interrupted: {len(run.done)} of {count} problems are safe in {out}; run the same command again to "
+                      "continue", file=sys.stderr)  # fmt: skip
+                return EXIT_INTERRUPTED
+        failed = [record["id"] for record in run.records if record["error"]]
+        screen = console()
+        show_choices(screen, run.records, f"{source} as {name} reads it: {count} problems")
+        screen.print(f"in {out}", markup=False, highlight=False)
+        if failed:
+            print(f"{len(failed)} problems could not be searched or read and count as not solved, {failed[0]} among them; their "
+                  "records say why", file=sys.stderr)  # fmt: skip
+        if args.json:
+            print(json.dumps(choices(run.records) | {"out": str(out)}))
+    return EXIT_FAILED if failed else 0
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    from .models.convert import convert
+
+    done = convert(args.source, args.destination)
+    print(f"{done.tensors} tensors, {done.num_bytes} bytes, in {done.files} files in {args.destination}")
+    if args.json:
+        print(json.dumps(asdict(done) | {"out": str(args.destination)}))
+    return 0
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -331,6 +432,23 @@ def chosen_engine(args: argparse.Namespace, method: Method) -> tuple[str | Path,
     policy = models[0]
     assert policy is not None
     return policy, models[1] if method.uses_prm else None, settings
+
+
+def show_choices(screen: Any, records: Sequence[dict[str, Any]], title: str) -> None:
+    """Each way of choosing among a run's branches, and the share of problems it solves."""
+    from .report.table import aggregate_rows
+
+    screen.print(title, markup=False, highlight=False)
+    for row in aggregate_rows(records):
+        screen.print(row, markup=False)
+
+
+def choices(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The same for JSON: of how many problems, how many each way solves."""
+    names = dict.fromkeys(name for record in records for name in record["aggregates"])
+    solved = {name: sum(bool(record["aggregates"].get(name, {}).get("correct")) for record in records) for name in names}
+    failed = sum(record["error"] is not None for record in records)
+    return {"problems": len(records), "failed": failed, "correct": sum(bool(r["correct"]) for r in records), "aggregates": solved}
 
 
 def local_directory(name: str) -> Path | None:
