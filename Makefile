@@ -15,6 +15,7 @@ faults: .venv/.installed
 
 soak: .venv/.installed
 	.venv/bin/python -m pytest -q tests/kv tests/embedded --soak 10
+	.venv/bin/python -m pytest -q tests/test_bad_input.py -k mutated --soak 286
 
 bench: .venv/.installed
 	.venv/bin/python -m pytest -q bench

@@ -26,6 +26,8 @@ from .tasks.problems import A_FILE, TASKS, find_task
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 POLICY, PRM, METHOD, BUDGET = "policy-s", "prm-good", "beam", 16
+LONGEST, ENDING = 800, 200  # characters of a sentence that are shown, the last ones among them: what it quotes may be endless
+MOST_THREADS = 1024
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(EXIT_USAGE, f"error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def number(read: Callable[[str], float], holds: Callable[[float], bool], words: str) -> Callable[[str], float]:
@@ -65,6 +67,7 @@ BYTE_UNITS = {"": 1} | {unit: 1024**i for i, unit in enumerate("KMG", 1)}
 BYTE_UNITS |= {f"{unit}{end}": base**i for i, unit in enumerate("KMGT", 1) for end, base in (("B", 1000), ("IB", 1024))}
 integer = number(int, lambda value: value == value, "a whole number")
 whole = number(int, lambda value: value >= 1, "a whole number of at least 1")
+threads = number(int, lambda value: 1 <= value <= MOST_THREADS, f"a whole number of at least 1 and at most {MOST_THREADS}")
 not_negative = number(int, lambda value: value >= 0, "a whole number of at least 0")
 share = number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 real = number(float, lambda value: value == value, "a number")
@@ -154,7 +157,7 @@ def make_parser() -> Parser:
     demo = verb("demo", run_demo, "a small policy with search against a large one without", json_last)
     demo.add_argument("--problems", type=whole, default=100, metavar="N", help="test problems (default %(default)s)")
     demo.add_argument("--out", type=Path, metavar="DIR", help="for the runs and the plot (default runs/demo-TIME)")
-    demo.add_argument("--threads", type=whole, metavar="N", help="CPU threads (default: torch's own choice)")
+    demo.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: torch's own choice)")
 
     embedded = verbs.add_parser("embedded", help="remake or re-measure the models that ship")
     parts = embedded.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser)
@@ -173,7 +176,7 @@ def add_engine_options(group: Any, names: Sequence[str]) -> None:
             value = name.split("_")[-1].upper()
             how: dict[str, Any] = {"action": "store_true"} if read is None else {"type": read, "metavar": value}
             group.add_argument(f"--{name.replace('_', '-')}", default=None, help=text, **how)
-    group.add_argument("--threads", type=whole, metavar="N", help="CPU threads (default: torch's own choice)")
+    group.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: torch's own choice)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,12 +184,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except EngineError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except OSError as error:
-        print(f"error: {error.filename or 'a file'} cannot be used: {error.strerror or error}", file=sys.stderr)
+        print(one_line(f"error: {error.filename or 'a file'} cannot be used: {error.strerror or error}"), file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -426,6 +429,8 @@ def chosen_engine(args: argparse.Namespace, method: Method) -> tuple[str | Path,
     prm = args.prm if args.prm is not None or not ships else PRM
     if method.uses_prm and prm is None:
         raise EngineError(f"{method.name} needs a PRM: give --prm")
+    if not is_text(args.system or ""):
+        raise EngineError("the system message is not UTF-8")
     set_threads(args.threads)
     check_device(settings.get("device", "cpu"))
     models = [local_directory(name) or name if name is not None else None for name in (args.policy, prm)]
@@ -463,10 +468,10 @@ def check_device(device: str) -> None:
         return
     import torch
 
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or (index and not index.isdecimal()):
+    named = re.fullmatch(r"cuda(?::([0-9]{1,4}))?", device)
+    if named is None:
         raise EngineError(f"no device {device!r}; known: cpu, cuda, cuda:INDEX")
-    if int(index or 0) >= torch.cuda.device_count():
+    if int(named[1] or 0) >= torch.cuda.device_count():
         raise EngineError(f"--device {device}: torch {torch.__version__} finds {torch.cuda.device_count()} GPUs here")
 
 
@@ -475,6 +480,12 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def one_line(text: str) -> str:
+    """A sentence as it is shown: on one line, the middle of an endless one left out."""
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - ENDING]} ... {text[-ENDING:]}"
 
 
 def is_text(text: str) -> bool:

@@ -6,7 +6,7 @@ two engines in one process, or in two threads, never meet.
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +35,10 @@ from .tasks.grader import Grader
 from .tasks.problems import Problem
 from .tasks.prompts import messages
 
+Failed = Callable[[Problem, EngineError], None]  # who is told of a problem that cannot be searched to its end
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+MOST_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +79,8 @@ class EngineConfig:
         for name in ("kv_bytes", "block_size", "max_rows", "max_step_tokens", "max_tokens"):
             if getattr(self, name) < 1:
                 raise EngineError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_rows > MOST_ROWS:
+            raise EngineError(f"max_rows={self.max_rows} is more than the {MOST_ROWS} that a batch can have")
         make_backend(self.attention, self.device, deterministic=self.deterministic)
 
     @property
@@ -164,18 +169,22 @@ class Engine:
         by_id = {result.problem.id: result for result in self.stream(given, method, seed=seed)}
         return [by_id[problem.id] for problem in given]
 
-    def stream(self, problems: str | Problem | Sequence[str | Problem], method: Method, *, seed: int = 0) -> Iterator[SearchResult]:
+    def stream(self, problems: str | Problem | Sequence[str | Problem], method: Method, *, seed: int = 0,
+               failed: Failed | None = None) -> Iterator[SearchResult]:  # fmt: skip
         """The same, each result as soon as its search is over. Closing the iterator abandons the rest.
 
+        A search that cannot go on, because the PRM cannot read what it has come to, is abandoned and `failed` told; without it
+        that is raised. The other searches lose nothing.
         Raises EngineError before anything is computed where a prompt does not fit the model or a branch could not fit the
         KV budget, however much were evicted.
         """
         if method.uses_prm and self.scorer is None:
             raise EngineError(f"{method.name} needs a PRM and this engine has none: give prm=")
         prompts = [(problem, self._prompt(problem, method)) for problem in as_problems(problems)]
-        return self._stream(prompts, method, seed)
+        return self._stream(prompts, method, seed, failed)
 
-    def _stream(self, prompts: list[tuple[Problem, list[int]]], method: Method, seed: int) -> Iterator[SearchResult]:
+    def _stream(self, prompts: list[tuple[Problem, list[int]]], method: Method, seed: int,
+                failed: Failed | None) -> Iterator[SearchResult]:  # fmt: skip
         if self._searching:
             raise EngineError("this engine is searching already: exhaust or close that iterator first, or make a second engine")
         self._searching = True
@@ -186,8 +195,15 @@ class Engine:
                     running.append(self._start(*waiting.popleft(), method, seed))
                     self._pass_on(running[-1])
                 self._tick()
-                for search in running:
-                    self._pass_on(search)
+                for search in list(running):
+                    try:
+                        self._pass_on(search)
+                    except EngineError as error:
+                        if failed is None:
+                            raise
+                        running.remove(search)
+                        self._abandon(search)
+                        failed(search.problem, error)
                 done = [search for search in running if search.driver.done]
                 running = [search for search in running if not search.driver.done]
                 for search in done:
@@ -219,6 +235,10 @@ class Engine:
         runner, config = self.policy.runner, self.config
         system, user = messages(problem.problem, chat_template(self.tokenizer), config.system)
         ids = encode_prompt(self.tokenizer, user, system)
+        largest, known = max(ids, default=0), runner.decoder.spec.vocab_size
+        if largest >= known:
+            raise EngineError(f"the policy's tokenizer writes token {largest} and its model knows {known} (vocab_size): they do "
+                              "not belong together")  # fmt: skip
         positions = runner.decoder.spec.max_positions
         if len(ids) >= positions:
             raise EngineError(f"problem {problem.id} has a prompt of {len(ids)} tokens and the policy {positions} positions: "

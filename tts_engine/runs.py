@@ -11,12 +11,13 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from .errors import EngineError, RunError
+from .ledger import ModelLedger, PolicyLedger, PRMLedger
 from .report.tree import in_order
 from .report.versions import package_version
 from .results import SearchResult
@@ -31,6 +32,9 @@ SCHEMA_VERSION = 1
 RUN, PROBLEMS = "run.json", "problems.jsonl"
 NOT_COMPARED = ("made", "policy.name", "prm.name", "rescores.name")  # when and where, and what a model's directory is called
 MOST_DIFFERENCES = 4
+FIELDS = ("schema_version", "id", "problem", "gold", "level", "method", "seed", "answer", "correct", "aggregates", "branches",
+          "prompt_tokens", "nodes", "ledger", "error")  # fmt: skip
+LEDGERS: dict[str, type[ModelLedger]] = {"policy": PolicyLedger, "prm": PRMLedger}
 
 Told = Callable[[dict[str, Any]], None]  # who is told of a record
 
@@ -83,7 +87,7 @@ def describe_model(directory: Path, load: str = "weights") -> dict[str, Any]:
     checkpoint = SOURCES[load](directory)
     spec = checkpoint.spec
     kinds = (".json", ".jinja", ".model", *([".safetensors"] if load == "weights" else []))
-    files = sorted(path for path in checkpoint.directory.iterdir() if path.suffix in kinds)
+    files = sorted(path for path in checkpoint.directory.iterdir() if path.suffix in kinds and path.is_file())
     return {
         "name": checkpoint.directory.name,
         "architecture": spec.architecture,
@@ -171,11 +175,18 @@ class Run:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.directory / PROBLEMS, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise RunError(f"{self.directory} cannot be used as a run's directory: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RunError(f"{self.directory} cannot be used as a run's directory: {reason}") from error
         try:
             self._lock()
-            for record, end in _read_lines(self.directory / PROBLEMS):
+            ids = set[str]()
+            for number, (record, end) in enumerate(_read_lines(self.directory / PROBLEMS), start=1):
+                try:
+                    _check_outcome(record, ids)
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
+                    raise RunError(f"{self.directory / PROBLEMS} line {number} is no record of a search: {reason}") from error
                 self.records.append(outcome(record))
                 self._end = end
             self._settle(description)
@@ -237,6 +248,7 @@ def read_description(directory: Path) -> dict[str, Any]:
     """A run's run.json. Raises RunError where there is none that can be read."""
     file = Path(directory) / RUN
     try:
+        _refuse_unless_file(file)
         description = json.loads(file.read_text(encoding="utf-8"))
         as_line(description)
     except (OSError, ValueError, RecursionError) as error:
@@ -268,7 +280,7 @@ def evaluate(engine: "Engine", problems: Sequence[Problem], method: Method, run:
     """Search what the run lacks; `finished` is told of each record once it is on the disk.
 
     A problem that can never fit is recorded as an error and the rest go on; where none fits, that is an error of the settings
-    and raised.
+    and raised. So is one whose search the PRM cannot read to its end.
     """
     done = run.done
     waiting = [problem for problem in problems if problem.id not in done]
@@ -279,7 +291,11 @@ def evaluate(engine: "Engine", problems: Sequence[Problem], method: Method, run:
     for problem in waiting:
         if problem.id in refused:
             put(describe_failure(problem, method, seed, refused[problem.id]))
-    for result in engine.stream([problem for problem in waiting if problem.id not in refused], method, seed=seed):
+
+    def failed(problem: Problem, error: EngineError) -> None:
+        put(describe_failure(problem, method, seed, error))
+
+    for result in engine.stream([p for p in waiting if p.id not in refused], method, seed=seed, failed=failed):
         put(describe_result(result, engine.grader))
 
 
@@ -313,6 +329,7 @@ def _read_lines(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """The whole records of a journal, each with the bytes up to its end; what a kill left of a last line is not among them."""
     end = 0
     try:
+        _refuse_unless_file(file)
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 record = _record(line)
@@ -322,13 +339,43 @@ def _read_lines(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
                     return
                 end += len(line)
                 yield record, end
-    except OSError as error:
-        raise RunError(f"{file} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _refuse_unless_file(file: Path) -> None:
+    """Whoever opens a pipe may wait for ever."""
+    if file.exists() and not file.is_file():
+        raise OSError(None, "it is not a file")
 
 
 def outcome(record: dict[str, Any]) -> dict[str, Any]:
     """A record without the parts that grow with the search."""
     return {key: value for key, value in record.items() if key not in ("problem", "prompt_tokens", "nodes", "branches")}
+
+
+def _check_outcome(record: dict[str, Any], earlier: set[str]) -> None:
+    """Raise one of the errors of data that is not of its form where the tables of a run cannot count this record.
+
+    earlier: ids of the lines before it, to which its own is added.
+    """
+    if record["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"schema_version is {record['schema_version']!r:.40} and not {SCHEMA_VERSION}")
+    if missing := [name for name in FIELDS if name not in record]:
+        raise KeyError(missing[0])
+    if record["id"] in earlier:
+        raise ValueError(f"its id {record['id']!r:.80} is that of an earlier line")
+    earlier.add(record["id"])
+    if not isinstance(record["method"]["name"], str):
+        raise TypeError("its method has no name")
+    for name, choice in record["aggregates"].items():
+        if not isinstance(choice, dict):
+            raise TypeError(f"its aggregate {name!r:.40} is no choice")
+    counts = [record["seconds"]]
+    if record["ledger"] is not None:
+        counts += [record["ledger"][part][field.name] for part, ledger in LEDGERS.items() for field in fields(ledger)]
+    if not all(isinstance(count, int | float) and 0 <= count < 1 << 63 for count in counts):
+        raise ValueError("its costs are no numbers")
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .branch import Branch, Finish, root_branch
 from .errors import RunError
-from .runs import PROBLEMS, SCHEMA_VERSION, as_line, describe_choice, outcome, read_description, read_run
+from .runs import FIELDS, PROBLEMS, SCHEMA_VERSION, as_line, describe_choice, outcome, read_description, read_run
 from .search import Method, make_method, make_rules
 from .search.rules import Grouping
 from .search.voting import all_aggregates
@@ -18,8 +18,6 @@ from .tasks.answers import extract_answer
 from .tasks.grader import Grader
 
 TEXTS, MAYBE_TEXTS = ("id", "problem"), ("gold", "error")
-FIELDS = (*TEXTS, *MAYBE_TEXTS, "schema_version", "level", "method", "seed", "answer", "correct", "aggregates", "branches",
-          "prompt_tokens", "nodes", "ledger")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

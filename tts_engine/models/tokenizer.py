@@ -46,6 +46,7 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         tokenizer = loader.from_pretrained(Path(directory), trust_remote_code=False, local_files_only=True)
         tokenizer(ODD)
+        _ = tokenizer.all_special_ids
     except Exception as error:  # transformers raises a dozen types here, from OSError to the Rust side's bare Exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{directory} holds no tokenizer that can be read, expected tokenizer.json: {reason}") from error
@@ -56,7 +57,10 @@ def load_tokenizer(directory: Path) -> Any:
 
 def chat_template(tokenizer: Any) -> str | None:
     """The template that a conversation is rendered with; None where the tokenizer has none. Raises ModelError for an odd one."""
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    try:
+        template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    except ValueError as error:  # several, and none of them is the default
+        raise ModelError(f"the chat template cannot be told: {error}") from error
     if template is not None and not isinstance(template, str):
         raise ModelError(f"the chat template is no text but {template!r}")
     if template is not None and len(template) > LONGEST_TEMPLATE:
