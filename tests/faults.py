@@ -56,6 +56,19 @@ FAULTS = [
     Fault("a token sees the one after it", "tts_engine/attention/per_branch.py",
           "hidden = place[:, None] >= (lens - counts + within + 1)[:, :, None]", "hidden = place[:, None] >= (lens - counts + within + 2)[:, :, None]",
           "tests/attention/test_per_branch.py::test_per_branch_agrees_with_reference"),
+    Fault("a window one token too wide", "tts_engine/attention/reference.py",
+          "path[-window:]", "path[-window - 1 :]",
+          "tests/attention/test_reference.py::test_reference_is_softmax_of_scaled_scores_times_values"),
+    Fault("the native kernel lets a token see the one after it", "csrc/tree_attention_kernel.h",
+          "segment.start + 1 + query - segment.lo - at", "segment.start + 2 + query - segment.lo - at",
+          "tests/attention/test_native.py::test_native_is_as_near_to_the_truth_as_plain_pytorch"),
+    Fault("a cut step seen by tokens before the cut", "csrc/tree_plan.cpp",
+          "lo + std::max(0, done - start), 0,", "lo, 0,",
+          "tests/attention/test_tree_plan.py::test_items_cover_each_token_and_what_it_sees_exactly_once"),
+    Fault("a sampler that thinks noise smaller than it is", "csrc/sampling.cpp",
+          "* 0.6932f;", "* 0.5f;", "tests/test_sampling.py::test_the_fast_sampler_draws_what_the_definition_draws"),
+    Fault("RLHFlow's mark left out before the next step", "tts_engine/prm/families.py",
+          "\"+\" + to_step", "to_step", "tests/prm/test_scorer.py"),
     Fault("the definition of attention without its scale", "tts_engine/attention/reference.py",
           "(q * keys).sum(-1) / math.sqrt(dim)", "(q * keys).sum(-1)",
           "tests/attention/test_reference.py::test_reference_is_softmax_of_scaled_scores_times_values"),
@@ -121,7 +134,7 @@ def plant(copy: Path, fault: Fault) -> str:
     healthy = path.read_text(encoding="utf-8")
     if healthy.count(fault.old) != 1:
         return "misplaced"
-    native = path.suffix == ".cpp"
+    native = path.suffix in (".cpp", ".h")
     try:
         path.write_text(healthy.replace(fault.old, fault.new), encoding="utf-8")
         if native:

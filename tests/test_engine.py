@@ -345,6 +345,30 @@ def test_a_search_that_can_never_fit_is_refused_with_the_numbers(models, blocks,
     assert_at_rest(engine)
 
 
+@pytest.mark.parametrize("positions", [80, 110])
+def test_a_solution_ends_where_the_prm_has_no_positions_left(models, tmp_path, positions):
+    random_prm_directory(tmp_path / "short", "qwen2.5-math-prm", seed=2, max_position_embeddings=positions)
+    method = make_method("best_of_n", n=4, max_steps=5)
+    with Engine.from_pretrained(models / "policy", tmp_path / "short", **LIMITS) as engine:
+        spec = engine.scorer.spec
+        results = engine.search(PROBLEMS[:4], method)
+    longest = 0
+    for result in results:
+        for branch in result.branches:
+            length = len(spec.render(result.problem.problem, [step.text for step in branch.steps])[0])
+            assert None not in branch.scores and length <= positions
+            longest = max(longest, length)
+    assert longest > positions / 2
+
+
+def test_a_problem_that_fills_the_prm_alone_is_refused(models, tmp_path):
+    random_prm_directory(tmp_path / "short", "math-shepherd", seed=2, max_position_embeddings=24)
+    with Engine.from_pretrained(models / "policy", tmp_path / "short", **LIMITS) as engine:
+        with pytest.raises(EngineError, match="problem p0 takes 12 tokens .* the PRM's 24 positions leave no room"):
+            engine.search(PROBLEMS[:1], make_method("best_of_n", n=2, max_steps=5))
+        assert engine.search(PROBLEMS[:1], make_method("majority", n=2, max_steps=5))
+
+
 def test_a_pool_without_a_single_block_is_refused(models):
     with pytest.raises(EngineError, match="kv_bytes=100 holds no block"):
         load(models, kv_bytes=100)

@@ -243,13 +243,29 @@ class Engine:
         if len(ids) >= positions:
             raise EngineError(f"problem {problem.id} has a prompt of {len(ids)} tokens and the policy {positions} positions: "
                               "shorten it")  # fmt: skip
-        room = min(config.max_tokens, positions - len(ids), config.max_step_tokens * method.max_steps)
+        room = min(self._most_tokens(problem, method), positions - len(ids), config.max_step_tokens * method.max_steps)
         runner.refuse_unless_fits(f"problem {problem.id}", len(ids), room, method.max_steps)
-        if method.uses_prm and self.scorer is not None:  # as the PRM reads it, taking its tokens for as long as the policy's
-            opening, marker = len(self.scorer.spec.opening(problem.problem)), len(self.scorer.spec.step("", False))
-            tokens = room + marker * method.max_steps
+        if method.uses_prm and self.scorer is not None:
+            tokens = room + self._marker_tokens(method)
+            opening = len(self.scorer.spec.opening(problem.problem))
             self.scorer.runner.refuse_unless_fits(f"problem {problem.id} in the PRM", opening, tokens, method.max_steps)
         return ids
+
+    def _most_tokens(self, problem: Problem, method: Method) -> int:
+        """Where a solution is cut so that the PRM, too, has positions for it; its tokens taken for as many as the policy's."""
+        if not method.uses_prm or self.scorer is None:
+            return self.config.max_tokens
+        opening, positions = len(self.scorer.spec.opening(problem.problem)), self.scorer.runner.decoder.spec.max_positions
+        room = positions - opening - self._marker_tokens(method)
+        if room < 1:
+            raise EngineError(f"problem {problem.id} takes {opening} tokens as the PRM reads it, and the PRM's {positions} "
+                              "positions leave no room for a solution: shorten it, or take another PRM")  # fmt: skip
+        return min(self.config.max_tokens, room)
+
+    def _marker_tokens(self, method: Method) -> int:
+        """What the PRM's family writes around the steps of one solution, at most."""
+        assert self.scorer is not None
+        return len(self.scorer.spec.step("", False)) * method.max_steps
 
     def _start(self, problem: Problem, prompt: list[int], method: Method, seed: int) -> _Search:
         config, ledger, nodes = self.config, Ledger.empty(), dict[int, Branch]()
@@ -263,7 +279,9 @@ class Engine:
             driver=driver,
             sampling=Sampling(temperature=method.temperature, top_k=config.top_k, top_p=config.top_p),
             key=philox_key(seed, problem.id),
-            limits=Limits(max_step_tokens=config.max_step_tokens, max_tokens=config.max_tokens, max_positions=positions),
+            limits=Limits(
+                max_step_tokens=config.max_step_tokens, max_tokens=self._most_tokens(problem, method), max_positions=positions
+            ),
             max_steps=method.max_steps,
             prompt_tokens=len(prompt),
             ledger=ledger.policy,

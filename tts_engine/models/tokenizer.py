@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from time import perf_counter
+from time import thread_time
 from typing import Any
 
 from jinja2 import Environment
@@ -25,7 +25,7 @@ _CLOCK = "".join(f"|replace('%{c}','{datetime.strptime(DATE, '%d %b %Y'):%{c}}')
 STOPPED_CLOCK = f"{{% macro strftime_now(form) %}}{{{{ form{_CLOCK} }}}}{{% endmacro +%}}"
 ODD = "a \x00\u00e9\U0010ffff\n"  # what a vocabulary may lack: one that cannot do without fails at once, not in a search
 LONGEST_TEMPLATE = 1 << 20  # characters
-RENDER_SECONDS, RENDER_BYTES = 5, 256 << 20
+RENDER_SECONDS, RENDER_BYTES = 3, 256 << 20
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -71,9 +71,9 @@ def chat_template(tokenizer: Any) -> str | None:
 def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
     """The conversation as the tokenizer's chat template writes it, dates pinned.
 
-    A template is a program by someone else. It runs in transformers' sandbox, and is stopped where it takes RENDER_SECONDS, or
-    memory grows by RENDER_BYTES: both are looked at from line to line of what it is compiled to, and from call to call. A single
-    operation is not interrupted; the one that can take for ever, a power, is not allowed. Raises ModelError, saying why.
+    A template is a program by someone else. It runs in transformers' sandbox, and is stopped where it takes RENDER_SECONDS of a
+    processor, or memory grows by RENDER_BYTES: both are looked at from line to line of what it is compiled to, and from call to
+    call. A single operation is not interrupted; the one that can take for ever, a power, is not allowed. Raises ModelError.
     """
     try:
         template = STOPPED_CLOCK + (chat_template(tokenizer) or "")
@@ -89,11 +89,11 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_gener
 @contextmanager
 def _bounded() -> Iterator[None]:
     """Stop what runs inside where it takes too long or too much. Whoever traced this thread before does so again behind it."""
-    traced, deadline = sys.gettrace(), perf_counter() + RENDER_SECONDS
+    traced, deadline = sys.gettrace(), thread_time() + RENDER_SECONDS
     most = _peak_bytes() + RENDER_BYTES
 
     def watch(frame: Any, event: str, argument: Any) -> Any:
-        if perf_counter() > deadline:
+        if thread_time() > deadline:
             raise TimeoutError(f"it takes more than {RENDER_SECONDS} seconds")
         if _peak_bytes() > most:
             raise MemoryError(f"it takes more than {RENDER_BYTES >> 20} MiB")
