@@ -557,7 +557,7 @@ FILES = table(
     ("template range too long", TOKENIZER_CONFIG, template("{% for a in range(10 ** 9) %}{% endfor %}"), "cannot be rendered"),
     ("template grows", TOKENIZER_CONFIG, template(
         "{% set ns = namespace(s='xxxxxxxx') %}{% for a in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"),
-     "cannot be rendered: it takes more than 256 MiB"),
+     "cannot be rendered: it takes more than (256 MiB|3 seconds)"),
     ("template writes endlessly", TOKENIZER_CONFIG, template("{% for a in range(99999) %}" + "y" * 900_000 + "{% endfor %}"),
      "cannot be rendered"),
     ("template of a large power", TOKENIZER_CONFIG, template("{{ 10 ** 10 ** 9 }}"), "cannot be rendered"),
