@@ -66,7 +66,7 @@ FAULTS = [
           "lo + std::max(0, done - start), 0,", "lo, 0,",
           "tests/attention/test_tree_plan.py::test_items_cover_each_token_and_what_it_sees_exactly_once"),
     Fault("a sampler that thinks noise smaller than it is", "csrc/sampling.cpp",
-          "* 0.6932f;", "* 0.5f;", "tests/test_sampling.py::test_the_fast_sampler_draws_what_the_definition_draws"),
+          "* 0.6932f < best", "* 0.5f < best", "tests/test_sampling.py::test_the_fast_sampler_draws_what_the_definition_draws"),
     Fault("RLHFlow's mark left out before the next step", "tts_engine/prm/families.py",
           "\"+\" + to_step", "to_step", "tests/prm/test_scorer.py"),
     Fault("the definition of attention without its scale", "tts_engine/attention/reference.py",
