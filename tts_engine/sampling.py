@@ -6,7 +6,7 @@ batch, the device or the order of work. T = 0 is greedy. `sample_slowly` is the 
 """
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -73,12 +73,10 @@ def sample(logits: Tensor, rows: np.ndarray, sampling: Sampling, keys: np.ndarra
 
     On a CPU a token whose logit is too far below the row's best for any 32-bit noise to lift it gets no random number.
     """
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1).numpy(force=True)[rows]
+    if sampling.temperature == 0 or logits.device.type != "cpu":
+        return sample_slowly(logits, rows, sampling, keys, identities, positions)
     if sampling.top_k or sampling.top_p < 1:
         logits = logits.masked_fill(_restrict(logits / sampling.temperature, sampling).isneginf(), float("-inf"))
-    if logits.device.type != "cpu":
-        return sample_slowly(logits, rows, replace(sampling, top_k=0, top_p=1.0), keys, identities, positions)
     logits, given = logits.contiguous(), zip((rows, keys, identities, positions), DRAW_DTYPES, strict=True)
     columns = (np.ascontiguousarray(column, dtype) for column, dtype in given)
     return _C.sample(logits.data_ptr(), *logits.shape, sampling.temperature, *columns, torch.get_num_threads())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _C  # type: ignore[attr-defined]
 from ..kv.cache import KVCache
-from .base import BatchLayout, Paths
+from .base import BatchLayout
 
 MAX_QUERIES = 32  # of one work item: enough rows to keep packed keys in use, few enough that its sums stay in a core's cache
 SPLIT = 4096  # tokens of depth after which a path is another item
@@ -22,7 +22,6 @@ class _Plan:
     write_slots: np.ndarray  # int64 [T]
     rows: np.ndarray
     ends: np.ndarray  # int32 [B], own tokens of each row, this batch's among them
-    paths: Paths
 
 
 class NativeAttention:
@@ -50,7 +49,7 @@ class NativeAttention:
             return last
         tree = _C.TreePlan(layout.paths.forest(), layout.starts, layout.row_starts, max_queries=MAX_QUERIES, split=SPLIT,
                            reserve=RESERVE, compress=not self._deterministic)  # fmt: skip
-        self._last = _Plan(tree, layout.write_slots, layout.rows, ends, layout.paths)
+        self._last = _Plan(tree, layout.write_slots, layout.rows, ends)
         return self._last
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, plan: _Plan, window: int | None = None) -> Tensor:
