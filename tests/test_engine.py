@@ -12,9 +12,9 @@ import torch
 from tts_engine.branch import Finish
 from tts_engine.engine import Engine, EngineConfig
 from tts_engine.errors import EngineError, OutOfBlocks
-from tts_engine.policy import StepRule
 from tts_engine.sampling import gumbel, philox_key
 from tts_engine.search import make_method
+from tts_engine.steps import MarkedSteps
 from tts_engine.tasks.problems import Problem
 from tts_engine.testing import check_blocks, random_policy_directory, random_prm_directory
 
@@ -459,7 +459,7 @@ def answering(models):
     for i, piece in enumerate(said):
         if len(piece) == 1 and piece.isalpha():
             said[i] = {b"j": b"\\boxed{", b"k": b"}", b"m": b"\\boxed{1}"}.get(piece, b"%d" % (i % 2 + 1))
-    engine.policy.rule = StepRule(said, np.flatnonzero(engine.policy.rule.eos), len(said))
+    engine.policy.rule = MarkedSteps(said, np.flatnonzero(engine.policy.rule.eos), len(said))
     return engine
 
 

@@ -88,7 +88,11 @@ ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
     ("top_k", not_negative, "draw from the k likeliest tokens; 0 for all (default 0)"),
     ("top_p", share, "draw from the likeliest tokens of this joint probability (default 1.0)"),
     ("system", str, "system message, '' for none (default: the problem is put as the policy's family is used to)"),
-    ("steps", str, "what closes a step: blank-line, header (## Step) or numbered (Step 1:) (default blank-line)"),
+    (
+        "steps",
+        str,
+        "what closes a step: blank-line, header (## Step), numbered (Step 1:), or so many tokens (default blank-line)",
+    ),
     ("prm_family", str, "qwen2.5-math-prm or math-shepherd, where the PRM's files do not say"),
     ("deterministic", None, "a problem's tokens never depend on what runs beside it; slower"),
 ]

@@ -21,7 +21,7 @@ from .ledger import Ledger
 from .models import heads
 from .models.tokenizer import chat_template, encode_prompt, end_ids, load_tokenizer, token_bytes
 from .models.weights import SOURCES, Checkpoint, load_decoder, resolve_checkpoint
-from .policy import STEP_MARKERS, DrawContext, Limits, Policy, StepRule
+from .policy import DrawContext, Limits, Policy
 from .prm.families import FAMILIES, recognise, refuse_as_policy
 from .prm.scorer import ScoreContext, Scorer
 from .prm.spec import TokenPair, TwoClassHead
@@ -30,6 +30,7 @@ from .runner import ModelRunner
 from .sampling import Sampling, philox_key
 from .search import Driver, Method
 from .search.voting import all_aggregates
+from .steps import check_mode, step_rule
 from .tasks.answers import extract_answer
 from .tasks.grader import Grader
 from .tasks.problems import Problem
@@ -48,9 +49,9 @@ class EngineConfig:
     kv_bytes: keys and values of both models together; each gets room for as many tokens. block_size: tokens a block; 4 or 8
     where steps are a dozen tokens. max_rows: draws decoded side by side. max_step_tokens, max_tokens: where a step and a
     whole solution are cut. system: a system message, "" for none; None asks as the policy's family is used to, see
-    tasks/prompts.py. steps: what closes a step, one of policy.STEP_MARKERS. deterministic: a search's tokens never depend on
-    what runs beside it, nor on evictions; slower.
-    load: "random" makes the weights up, so that a config.json and a tokenizer are enough.
+    tasks/prompts.py. steps: what closes a step, one of steps.STEP_MARKERS; a number, as in steps="50", makes steps of as many
+    tokens on average whatever they say, for benchmarks. deterministic: a search's tokens never depend on what runs beside it,
+    nor on evictions; slower. load: "random" makes the weights up, so that a config.json and a tokenizer are enough.
     """
 
     load: str = "weights"
@@ -74,8 +75,7 @@ class EngineConfig:
             raise EngineError(f"load={self.load!r} is unknown; known: {', '.join(SOURCES)}")
         if self.dtype not in DTYPES:
             raise EngineError(f"no dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
-        if self.steps not in STEP_MARKERS:
-            raise EngineError(f"steps={self.steps!r} is unknown; known: {', '.join(STEP_MARKERS)}")
+        check_mode(self.steps)
         for name in ("kv_bytes", "block_size", "max_rows", "max_step_tokens", "max_tokens"):
             if getattr(self, name) < 1:
                 raise EngineError(f"{name}={getattr(self, name)} must be at least 1")
@@ -139,7 +139,7 @@ class Engine:
                    for decoder, backend in zip(decoders, backends, strict=True)]  # fmt: skip
         tokenizer = load_tokenizer(checkpoints[0].directory)
         spec = decoders[0].spec
-        rule = StepRule(token_bytes(tokenizer), end_ids(tokenizer, checkpoints[0].directory), spec.vocab_size, config.steps)
+        rule = step_rule(config.steps, token_bytes(tokenizer), end_ids(tokenizer, checkpoints[0].directory), spec.vocab_size)
         scorer = make_scorer(runners[1], checkpoints[1], config.prm_family) if prm is not None else None
         return cls(config, Policy(runners[0], rule, max_rows=config.max_rows), scorer, tokenizer, Grader())
 

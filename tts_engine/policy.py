@@ -4,11 +4,9 @@ A draw waits until its parent's tokens have been read, takes its first token fro
 parent share one forward), and then is a row of every tick until its step closes. What a tick holds decides nothing but speed.
 """
 
-import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from .ledger import PolicyLedger
 from .runner import ModelRunner, Segments, pairs
 from .sampling import Sampling, sample
 from .search.driver import Answer, Ask, Draw, Driver
+from .steps import CLOSED, StepRule
 
 MAX_PREFILL = 4096  # tokens of prompts and forgotten steps that one tick reads, beside at least one parent
 ANSWER_SIGN = "\\boxed{"
@@ -36,73 +35,6 @@ class Limits:
         """Tokens that the next step after `branch` may have."""
         used = branch.num_tokens
         return min(self.max_step_tokens, self.max_tokens - used, self.max_positions - prompt_tokens - used)
-
-
-# What closes a step once some text stands before it, by the mode's name: literal characters, and [0-9]+ for a number.
-STEP_MARKERS = {"blank-line": "\n\n", "header": "\n## Step", "numbered": "\nStep [0-9]+:"}
-NUMBER = "[0-9]+"
-NO_TEXT, TEXT, CLOSED = range(3)  # the states that every mode has; those beyond are inside a marker
-
-
-class StepRule:
-    """Where a step ends, found on token ids: at the first marker that follows some text, or at an end-of-text token.
-
-    A marker may lie inside a token or across several; the step ends with the token that completes it. A header is therefore the
-    end of the step before it, and the step it announces starts behind it: whatever a mode cuts, the tokens of a branch are those
-    that the policy drew, in their order, none dropped, forced or encoded anew. A marker before any text closes nothing (white
-    space, ASCII's, is no text); only an end-of-text token right behind another step makes an empty one.
-    """
-
-    def __init__(self, token_bytes: Sequence[bytes], eos_ids: Sequence[int], vocab_size: int, mode: str = "blank-line") -> None:
-        """token_bytes[v]: what token v adds to the text; ids beyond it, up to vocab_size, add nothing."""
-        self.token_bytes = [*token_bytes, *[b""] * (vocab_size - len(token_bytes))]
-        self.eos = np.isin(np.arange(len(self.token_bytes)), eos_ids)
-        self._after = _over_tokens(_automaton(STEP_MARKERS[mode]), self.token_bytes)
-
-    def advance(self, tokens: np.ndarray, states: np.ndarray) -> np.ndarray:
-        """The state uint8 [B] behind one more token int64 [B] a row. A step starts in NO_TEXT and stays CLOSED once it is."""
-        return self._after[states, tokens]
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """What tokens say; bytes that are no UTF-8 yet become replacement characters."""
-        return b"".join([self.token_bytes[t] for t in tokens]).decode("utf-8", "replace")
-
-
-@cache
-def _automaton(marker: str) -> np.ndarray:
-    """The state after one more byte, uint8 [states, 256]; a state is a set of places in the marker that may be reached."""
-    parts = re.findall(re.escape(NUMBER) + "|(?s:.)", marker)
-    end = len(parts)
-    states: list[frozenset[int]] = [frozenset(), frozenset({0}), frozenset({end})]  # NO_TEXT, TEXT, CLOSED
-
-    def fits(part: str, byte: int) -> bool:
-        return chr(byte) in "0123456789" if part == NUMBER else chr(byte) == part
-
-    def after(state: frozenset[int], byte: int) -> frozenset[int]:
-        if end in state or (not state and bytes([byte]).isspace()):
-            return state
-        further = {place + 1 for place in state if fits(parts[place], byte)}
-        within = {place for place in state if place and parts[place - 1] == NUMBER and fits(NUMBER, byte)}
-        return states[CLOSED] if end in further else frozenset({0} | further | within)
-
-    table: list[list[int]] = []
-    while len(table) < len(states):
-        row = [after(states[len(table)], byte) for byte in range(256)]
-        states += [state for state in dict.fromkeys(row) if state not in states]
-        table.append([states.index(state) for state in row])
-    return np.array(table, np.uint8)
-
-
-def _over_tokens(automaton: np.ndarray, token_bytes: Sequence[bytes]) -> np.ndarray:
-    """The state after one more token, uint8 [states, vocabulary]."""
-    lengths = np.array([len(piece) for piece in token_bytes])
-    starts = np.cumsum(lengths) - lengths
-    text = np.frombuffer(b"".join(token_bytes), np.uint8)
-    after = np.tile(np.arange(len(automaton), dtype=np.uint8)[:, None], len(token_bytes))
-    for place in range(lengths.max()):
-        longer = np.flatnonzero(lengths > place)
-        after[:, longer] = automaton[after[:, longer], text[starts[longer] + place]]
-    return after
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -177,7 +109,7 @@ class Policy:
         self._key = np.zeros((max_rows, 2), np.uint32)
         self._sampling = np.zeros(max_rows, np.int64)  # index into `_samplings`
         self._samplings: dict[Sampling, int] = {}
-        self._state = np.full(max_rows, NO_TEXT, np.uint8)  # the rule's
+        self._state = np.zeros(max_rows, np.int32)  # the rule's
         self._tokens = np.zeros((max_rows, 64), np.int64)
 
     @property
@@ -300,7 +232,7 @@ class Policy:
             self._room[place] = context.limits.step_room(branch, context.prompt_tokens)
             self._identity[place], self._key[place] = row.draw.identity, context.key
             self._sampling[place] = self._samplings.setdefault(context.sampling, len(self._samplings))
-            self._state[place] = NO_TEXT
+            self._state[place] = self.rule.start(row.draw.identity, context.key)
             self._keep_tokens(place, row.tokens)
             seated.append(place)
         for node in batch.held:

@@ -371,13 +371,14 @@ def chain_policy(pieces: Sequence[bytes], *, ends: Sequence[int] = (), num_block
                  max_rows: int = 64) -> Any:  # fmt: skip
     """A Policy whose token i says pieces[i] and is followed by token i + 1; the last one follows itself."""
     from .attention import make_backend
-    from .policy import Policy, StepRule
+    from .policy import Policy
     from .runner import ModelRunner
+    from .steps import MarkedSteps
 
     spec = tiny_spec()
     decoder: Any = ChainDecoder(spec, {i: min(i + 1, len(pieces) - 1) for i in range(len(pieces))})
     runner = ModelRunner(decoder, make_backend("reference"), num_blocks=num_blocks, block_size=block_size)
-    return Policy(runner, StepRule(pieces, ends, spec.vocab_size), max_rows=max_rows)
+    return Policy(runner, MarkedSteps(pieces, ends, spec.vocab_size), max_rows=max_rows)
 
 
 @dataclass(frozen=True, slots=True)
