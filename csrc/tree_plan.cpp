@@ -52,8 +52,8 @@ void check(const Forest& forest, const int32_t* starts, const int32_t* row_start
       refuse("row " + std::to_string(row) + " stands on no node of its own");
     taken[node] = true;
     if (starts[row] < 0 || row_starts[row + 1] < row_starts[row] ||
-        starts[row] + static_cast<int64_t>(row_starts[row + 1] - row_starts[row]) != forest.len[node])
-      refuse("row " + std::to_string(row) + " does not end where its node's written tokens do");
+        starts[row] + static_cast<int64_t>(row_starts[row + 1] - row_starts[row]) > forest.len[node])
+      refuse("row " + std::to_string(row) + " goes beyond its node's written tokens");
   }
 }
 
@@ -67,7 +67,8 @@ TreePlan::TreePlan(const Forest& forest, const int32_t* starts, const int32_t* r
   const int32_t num_queries = row_starts[num_rows];
   const Children children(forest);
   std::vector<int32_t> row_of(num_nodes, kNobody);
-  for (size_t row = 0; row < num_rows; ++row) row_of[forest.node[row]] = static_cast<int32_t>(row);
+  for (size_t row = 0; row < num_rows; ++row)
+    if (row_starts[row + 1] > row_starts[row]) row_of[forest.node[row]] = static_cast<int32_t>(row);
   bool all_single = num_rows > 0;
   for (size_t row = 0; row < num_rows; ++row) all_single &= row_starts[row + 1] - row_starts[row] == 1;
 
@@ -91,39 +92,51 @@ TreePlan::TreePlan(const Forest& forest, const int32_t* starts, const int32_t* r
     stack.back().second = true;
     const int32_t parent = forest.parent[node], row = row_of[node];
     depth[node] = parent == kNobody ? 0 : depth[parent] + forest.len[parent];
-    const int32_t lo = static_cast<int32_t>(order.size());
-    const int32_t start = row == kNobody ? forest.len[node] : starts[row];
+    const int32_t own_end = row == kNobody ? forest.len[node] : starts[row] + row_starts[row + 1] - row_starts[row];
     const bool joins = options.compress && parent != kNobody && row_of[parent] == kNobody && children.count(parent) == 1 &&
-                       open[parent] + 1 == static_cast<int32_t>(segments.size()) && open[parent] >= first_segment[parent];
-    first_segment[node] = static_cast<int32_t>(segments.size());
-    for (int32_t done = 0; done < forest.len[node];) {
-      const int32_t at = depth[node] + done;
-      const int32_t length = std::min(forest.len[node] - done, options.split - at % options.split);
-      // A piece that begins at a multiple of `split` never joins, so a path's pieces are the same however it is chained.
-      if (joins && !done && at % options.split) {
-        Segment& last = segments.back();
-        last.len += length;
-        last.start += std::min(start, length);
-        first_segment[node] = open[parent];
-      } else {
-        segments.push_back({static_cast<int32_t>(slots.size()), length, lo + std::max(0, done - start), 0,
-                            std::max(0, std::min(length, start - done))});
-        zone.push_back(at / options.split);
+                       open[parent] + 1 == static_cast<int32_t>(segments.size()) && open[parent] >= first_segment[parent] &&
+                       own_end == forest.len[node];
+    const int32_t offset = static_cast<int32_t>(slots.size());
+    slots.insert(slots.end(), forest.slots.begin() + forest.first[node],
+                 forest.slots.begin() + forest.first[node] + forest.len[node]);
+    // The node's first `end` tokens, those from `start` on seen one query later each.
+    const auto add = [&](int32_t start, int32_t end) {
+      const int32_t lo = static_cast<int32_t>(order.size());
+      first_segment[node] = static_cast<int32_t>(segments.size());
+      for (int32_t done = 0; done < end;) {
+        const int32_t at = depth[node] + done;
+        const int32_t length = std::min(end - done, options.split - at % options.split);
+        // A piece that begins at a multiple of `split` never joins, so a path's pieces are the same however it is chained.
+        if (joins && !done && at % options.split) {
+          Segment& last = segments.back();
+          last.len += length;
+          last.start += std::min(start, length);
+          first_segment[node] = open[parent];
+        } else {
+          segments.push_back({offset + done, length, lo + std::max(0, done - start), 0,
+                              std::max(0, std::min(length, start - done))});
+          zone.push_back(at / options.split);
+        }
+        done += length;
       }
-      slots.insert(slots.end(), forest.slots.begin() + forest.first[node] + done,
-                   forest.slots.begin() + forest.first[node] + done + length);
-      done += length;
-    }
-    open[node] = static_cast<int32_t>(segments.size()) - 1;
-    if (row != kNobody) {
+      open[node] = static_cast<int32_t>(segments.size()) - 1;
+    };
+    add(row == kNobody ? own_end : starts[row], own_end);
+    if (row != kNobody)
       for (int32_t token = row_starts[row]; token < row_starts[row + 1]; ++token) order.push_back(token);
-      if (growth_) {
-        const int32_t end = depth[node] + forest.len[node];
-        growth_ = std::min(growth_, options.split - 1 - (end - 1) % options.split);
-        leaf_[row] = open[node];
-        if (children.count(node)) growth_ = 0;
-        slots.resize(slots.size() + options.reserve);
-      }
+    if (own_end < forest.len[node]) {
+      // Those below see all of the node: for them it stands here again, cut as if it had no row, so that how they group its keys
+      // does not hang on who else reads.
+      for (int32_t s = first_segment[node]; s <= open[node]; ++s) segments[s].hi = static_cast<int32_t>(order.size());
+      add(forest.len[node], forest.len[node]);
+      growth_ = 0;
+    }
+    if (row != kNobody && growth_) {
+      const int32_t end = depth[node] + forest.len[node];
+      growth_ = std::min(growth_, options.split - 1 - (end - 1) % options.split);
+      leaf_[row] = open[node];
+      if (children.count(node)) growth_ = 0;
+      slots.resize(slots.size() + options.reserve);
     }
     for (int32_t i = children.count(node); i-- > 0;) stack.emplace_back(children.of(node)[i], false);
   }

@@ -52,7 +52,7 @@ struct TreePlan {
   std::vector<int32_t> merge_slots;
   int32_t num_partials = 0;
 
-  // starts [B]: tokens of each row's node that were written before; row_starts [B + 1]: row b's tokens of the batch.
+  // starts [B]: tokens of each row's node before its first query; row_starts [B + 1]: row b's queries, none where it is not read.
   // std::invalid_argument where the arrays contradict each other.
   TreePlan(const Forest& forest, const int32_t* starts, const int32_t* row_starts, size_t num_rows, const PlanOptions& options);
 

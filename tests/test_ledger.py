@@ -11,6 +11,7 @@ from tts_engine.testing import chain_policy, draw_all
 # tiny_spec: 3 layers of d 8, q 8, k and v 4 each, inner 10; 100 tokens
 LAYER = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 10
 PER_TOKEN, PER_PAIR, HEAD = 2 * 3 * LAYER, 4 * 8 * 3, 2 * 100 * 8
+UNREAD = 2 * (LAYER - 2 * 8 * 4)  # what the last layer spares a token behind which nothing is drawn
 
 # Prompt "?" is tokens 0 to 4; then a step of four tokens with its blank line, then one of three with the end.
 PIECES = [b"?", b"?", b"?", b"?", b"?", b"a", b"b", b"c", b"\n\n", b"d", b"e", b""]
@@ -29,8 +30,9 @@ def flops(ledger) -> tuple[int, int, int]:
 def test_one_trajectory_costs_every_token_but_its_last_and_a_head_for_each_drawn():
     ledger = draw_all(chain_policy(PIECES, ends=[END]), Cot().program(root_branch(PROMPT)), 5).ledger
     assert (ledger.tokens_generated, ledger.tokens_computed, ledger.tokens_recomputed) == (7, 5 + 4 + 2, 0)
-    assert flops(ledger) == (11 * PER_TOKEN, triangle(11) * PER_PAIR, 7 * HEAD)
-    assert ledger.flops == 11 * PER_TOKEN + 66 * PER_PAIR + 7 * HEAD
+    unread = triangle(4) * PER_PAIR // 3  # of the prompt, all but its last token
+    assert flops(ledger) == (11 * PER_TOKEN - 4 * UNREAD, triangle(11) * PER_PAIR - unread, 7 * HEAD)
+    assert ledger.flops == 11 * PER_TOKEN + 66 * PER_PAIR + 7 * HEAD - 4 * UNREAD - unread
 
 
 def test_two_trajectories_share_the_prompt_and_the_logits_behind_it():
@@ -39,8 +41,8 @@ def test_two_trajectories_share_the_prompt_and_the_logits_behind_it():
     assert (ledger.tokens_generated, ledger.tokens_computed) == (14, 5 + 2 * 3 + 1 + 2 * 2)
     behind_prompt = 6 + 7 + 8
     assert flops(ledger) == (
-        16 * PER_TOKEN,
-        (triangle(5) + 2 * behind_prompt + 9 + 2 * (10 + 11)) * PER_PAIR,
+        16 * PER_TOKEN - 4 * UNREAD,
+        (triangle(5) + 2 * behind_prompt + 9 + 2 * (10 + 11)) * PER_PAIR - triangle(4) * PER_PAIR // 3,
         (1 + 2 * 3 + 1 + 2 * 2) * HEAD,
     )
 
@@ -66,7 +68,8 @@ def test_forgotten_tokens_are_counted_again_and_named_recomputed():
     ledger = draw_all(policy, program(root_branch(PROMPT)), 5).ledger
     assert ledger.tokens_computed == (5 + 3) + (5 + 4) + 2
     assert ledger.tokens_recomputed == 5 + 3  # the blank line had not been read before
-    assert ledger.attention_flops == (triangle(8) + triangle(11)) * PER_PAIR
+    unread = triangle(4) + triangle(8)  # of the prompt all but the last, then all before the blank line
+    assert ledger.attention_flops == (triangle(8) + triangle(11)) * PER_PAIR - unread * PER_PAIR // 3
 
 
 def test_a_preempted_draw_pays_for_its_tokens_again_and_for_each_head_once():

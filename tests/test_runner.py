@@ -90,9 +90,12 @@ def test_pairs_are_those_of_a_causal_mask(start, count):
 
 
 def test_flops_of_a_run_are_two_a_weight_and_four_a_pair_and_head_unit():
-    ledger = ModelLedger()
+    """And for a token that is not read, the last layer's are those of its key and value."""
+    ledger, keys_and_values = ModelLedger(), 8 * 2 * 4  # two heads of 4
+    layer = 8 * 8 + keys_and_values + 8 * 8 + 3 * 8 * 10  # queries, out, gate, up and down
     runner().charge(ledger, tokens=5, context_pairs=15)
-    layer = 8 * (8 + 2 * 4) + 8 * 8 + 3 * 8 * 10  # q and two k/v of one head of 4; out; gate, up and down
+    assert (ledger.linear_flops, ledger.attention_flops) == (5 * 2 * (2 * layer + keys_and_values), 15 * 4 * 8 * 2)
+    runner().charge_reads(ledger, tokens=5, context_pairs=15)
     assert (ledger.tokens_computed, ledger.linear_flops, ledger.attention_flops) == (5, 5 * 2 * 3 * layer, 15 * 4 * 8 * 3)
     assert ledger.flops == ledger.linear_flops + ledger.attention_flops
 

@@ -149,7 +149,7 @@ class Policy:
             path_starts=np.concatenate([np.array(batch.path_starts, np.int32), self._path_start[decoding]]),
             token_ids=np.concatenate([*(np.asarray(t, np.int64) for t in batch.tokens), last]),
         )
-        runs = list(dict.fromkeys([run for _, _, run in batch.forks] + [run for _, _, run in batch.resumed]))
+        runs = sorted({run for _, _, run in batch.forks + batch.resumed})
         reads = np.concatenate([read_ends[runs], batch.num_tokens + np.arange(len(decoding))]).astype(np.int64)
         try:
             hidden = self.runner.forward(segments, reads)
@@ -366,13 +366,20 @@ class Policy:
         row = self._rows[place]
         written, first = int(self._length[place]) - 1, int(self._first[place])
         identity, fed = row.draw.identity, row.context.fed
-        self._charge(row.context, int(self._path_start[place]), written, fed.get(identity, 0))
+        before = int(self._path_start[place])
+        self._charge(row.context, before, written, fed.get(identity, 0))
         # The first draw of a lease reads logits of the parent's run, or of the resuming run: counted in _charge_heads.
-        row.context.ledger.head_flops += self.runner.decoder.spec.lm_head_flops * max(0, written - first)
+        if written > first:
+            self._charge_reads(row.context, before + first, written - first)
         fed[identity] = max(fed.get(identity, 0), written)
 
     def _charge_heads(self, batch: _Batch, runs: list[int]) -> None:
         """One row of logits for each run that is read, on the account of the first draw that reads it."""
         payer = {run: row.context for row, _, run in reversed(batch.forks + batch.resumed)}
         for run in runs:
-            payer[run].ledger.head_flops += self.runner.decoder.spec.lm_head_flops
+            self._charge_reads(payer[run], batch.path_starts[run] + batch.starts[run] + len(batch.tokens[run]) - 1, 1)
+
+    def _charge_reads(self, context: DrawContext, start: int, count: int) -> None:
+        """Tokens behind which one is drawn: the rest of the last layer, and logits."""
+        self.runner.charge_reads(context.ledger, tokens=count, context_pairs=pairs(start, count))
+        context.ledger.head_flops += self.runner.decoder.spec.lm_head_flops * count

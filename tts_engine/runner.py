@@ -72,7 +72,8 @@ class ModelRunner:
         return nodes
 
     def forward(self, segments: Segments, read_at: np.ndarray) -> Tensor:
-        """Write the new tokens' K and V; hidden states [R, d] at read_at int64 [R], indices into the T tokens.
+        """Write the new tokens' K and V; hidden states [R, d] at read_at int64 [R], increasing indices into the T tokens, one of a
+        run at most, or all of them.
 
         A run's ancestors must be written already or be runs of this forward. Marking nodes as computed is the caller's.
         """
@@ -95,13 +96,24 @@ class ModelRunner:
         given = (s.token_ids, positions, read_at)
         ids, places, reads = (torch.from_numpy(np.ascontiguousarray(x, np.int64)).to(device) for x in given)
         plan = self.backend.plan(layout)
-        return self.decoder.forward(ids, places, cache=self.cache, backend=self.backend, plan=plan, read_at=reads)
+        read_plan = plan if len(read_at) == len(positions) else self.backend.plan(layout.only(read_at))
+        return self.decoder.forward(
+            ids, places, cache=self.cache, backend=self.backend, plan=plan, read_at=reads, read_plan=read_plan
+        )
 
     def charge(self, ledger: ModelLedger, *, tokens: int, context_pairs: int) -> None:
-        """Count one run into a ledger: `tokens` through the layers, `context_pairs` (query, key) pairs in attention."""
+        """Count one run into a ledger, up to the last layer's keys and values: `tokens` through the layers, `context_pairs`
+        (query, key) pairs in attention."""
+        spec = self.decoder.spec
         ledger.tokens_computed += tokens
-        ledger.linear_flops += self.decoder.spec.flops_per_token * tokens
-        ledger.attention_flops += self.decoder.spec.attention_flops_per_pair * context_pairs
+        ledger.linear_flops += (spec.flops_per_token - spec.flops_per_read) * tokens
+        ledger.attention_flops += spec.attention_flops_per_pair // spec.num_layers * (spec.num_layers - 1) * context_pairs
+
+    def charge_reads(self, ledger: ModelLedger, *, tokens: int, context_pairs: int) -> None:
+        """Count the rest of the last layer, for those of the tokens whose hidden states are read."""
+        spec = self.decoder.spec
+        ledger.linear_flops += spec.flops_per_read * tokens
+        ledger.attention_flops += spec.attention_flops_per_pair // spec.num_layers * context_pairs
 
     def refuse_unless_fits(self, what: str, prompt_tokens: int, max_tokens: int, max_steps: int) -> None:
         """Raise OutOfBlocks where one branch at full length could not fit an empty pool: then no eviction ever helps.

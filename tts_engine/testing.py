@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -157,12 +158,13 @@ def random_model(family: str, *, seed: int = 0, **sizes: Any) -> Any:
     return model
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ListedPaths:
     """Paths written out: row b is slots[b]. Rows that begin with the same slots share them."""
 
     slots: Sequence[Sequence[int]]
 
+    @cached_property
     def context_slots(self) -> Any:
         import numpy as np
 
@@ -171,6 +173,7 @@ class ListedPaths:
             context[b, : len(path)] = path
         return context
 
+    @cached_property
     def forest(self) -> Any:
         """A node ends wherever rows part or one ends."""
         import numpy as np
@@ -212,7 +215,7 @@ def flat_layout(slots: Sequence[Sequence[int]], new: Sequence[int]) -> Any:
     lens = np.array([len(path) for path in slots], np.int32)
     starts = [length - count for length, count in zip(lens, new, strict=True)]
     paths = ListedPaths(slots)
-    forest = paths.forest()
+    forest = paths.forest
     return BatchLayout(
         rows=np.array([next(_handles) for _ in slots], np.int64),
         starts=(forest.len[forest.node] - new).astype(np.int32),
@@ -238,14 +241,17 @@ def poisoned_cache(spec: Any, num_slots: int, dtype: Any = None) -> Any:
 
 
 def run_rows(decoder: Any, backend: Any, cache: Any, slots: Sequence[Sequence[int]], new: Sequence[int],
-             tokens: Sequence[Sequence[int]]) -> Any:  # fmt: skip
-    """One forward of `flat_layout(slots, new)`; tokens[b] are the whole path's ids. Hidden states [sum(new), d]."""
+             tokens: Sequence[Sequence[int]], read: Sequence[int] | None = None) -> Any:  # fmt: skip
+    """One forward of `flat_layout(slots, new)`; tokens[b] are the whole path's ids. Hidden states [sum(new), d], or at `read`."""
+    import numpy as np
     import torch
 
     layout = flat_layout(slots, new)
     ids = torch.tensor([t for path, count in zip(tokens, new, strict=True) for t in path[len(path) - count :]])
-    return decoder.forward(ids, torch.from_numpy(layout.positions), cache=cache, backend=backend, plan=backend.plan(layout),
-                           read_at=torch.arange(len(ids)))  # fmt: skip
+    plan, read_at = backend.plan(layout), np.arange(len(ids)) if read is None else np.array(read, np.int64)
+    return decoder.forward(ids, torch.from_numpy(layout.positions), cache=cache, backend=backend, plan=plan,
+                           read_at=torch.from_numpy(read_at),
+                           read_plan=plan if read is None else backend.plan(layout.only(read_at)))  # fmt: skip
 
 
 # --- small random checkpoints that an engine can load: a policy and both kinds of PRM, with the embedded tokenizer ---------
@@ -345,7 +351,7 @@ class ChainDecoder:
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.forwards: list[list[int]] = []  # the token ids of each forward
 
-    def forward(self, token_ids: Any, positions: Any, *, cache: Any, backend: Any, plan: Any, read_at: Any) -> Any:
+    def forward(self, token_ids: Any, positions: Any, *, read_at: Any, **how: Any) -> Any:
         self.forwards.append(token_ids.tolist())
         return token_ids[read_at]
 

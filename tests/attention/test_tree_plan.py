@@ -19,7 +19,7 @@ OPTIONS = [
 class Tree:
     """A random forest with rows, and the same as Python lists."""
 
-    def __init__(self, seed, single=False):
+    def __init__(self, seed, single=False, partly=False):
         rng = random.Random(seed)
         count = rng.randint(1, 40)
         self.parents = [rng.randrange(-1, node) for node in range(count)]
@@ -30,6 +30,10 @@ class Tree:
         self.rows = [n for n in range(count) if lens[n] and (n in leaves or (not single and rng.random() < 0.3))]
         rng.shuffle(self.rows)
         self.counts = [1 if single else rng.randint(1, lens[n]) for n in self.rows]
+        self.starts = [lens[n] - count for n, count in zip(self.rows, self.counts, strict=True)]
+        if partly:  # rows of which one token is read, or none
+            self.starts = [rng.randrange(start, lens[n]) for n, start in zip(self.rows, self.starts, strict=True)]
+            self.counts = [rng.randint(0, 1) for _ in self.rows]
 
     def arrays(self, order=None):
         """Arguments of a plan, rows in another order if given."""
@@ -38,7 +42,7 @@ class Tree:
         rows, counts = [self.rows[i] for i in order], [self.counts[i] for i in order]
         columns = (self.parents, np.cumsum([0, *lens[:-1]]), lens, rows, sum(self.runs, []))
         forest = _C.Forest(*(np.array(column, np.int32) for column in columns))
-        starts = np.array([lens[n] - c for n, c in zip(rows, counts, strict=True)], np.int32)
+        starts = np.array([self.starts[i] for i in order], np.int32)
         return forest, starts, np.cumsum([0, *counts]).astype(np.int32)
 
     def seen(self, order=None):
@@ -50,8 +54,7 @@ class Tree:
             path, above = [], self.parents[node]
             while above >= 0:
                 path, above = self.runs[above] + path, self.parents[above]
-            run = self.runs[node]
-            found += [path + run[: len(run) - count + j + 1] for j in range(count)]
+            found += [path + self.runs[node][: self.starts[i] + j + 1] for j in range(count)]
         return found
 
 
@@ -68,10 +71,11 @@ def covered(plan):
     return seen, places
 
 
+@pytest.mark.parametrize("partly", [False, True], ids=["", "read in part"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_items_cover_each_token_and_what_it_sees_exactly_once(options):
+def test_items_cover_each_token_and_what_it_sees_exactly_once(options, partly):
     for seed in range(150):
-        tree = Tree(seed)
+        tree = Tree(seed, partly=partly)
         plan = _C.TreePlan(*tree.arrays(), **options)
         seen, places = covered(plan)
         ref = tree.seen()
@@ -138,8 +142,9 @@ def test_a_grown_plan_covers_what_a_new_one_would(options):
             new = [next(fresh) for _ in tree.rows]
             if not plan.grow(np.array(new, np.int64)):
                 break
-            for node, slot in zip(tree.rows, new, strict=True):
+            for i, (node, slot) in enumerate(zip(tree.rows, new, strict=True)):
                 tree.runs[node].append(slot)
+                tree.starts[i] += 1
             grew += 1
             seen, ref = covered(plan)[0], covered(_C.TreePlan(*tree.arrays(), **options))[0]
             assert {t: Counter(slots) for t, slots in seen.items()} == {t: Counter(slots) for t, slots in ref.items()}
@@ -155,7 +160,7 @@ def test_a_grown_plan_covers_what_a_new_one_would(options):
         (lambda f, s, r: (_C.Forest(f.parent[::-1], f.first, f.len, f.node, f.slots), s, r), "before its parent"),
         (lambda f, s, r: (_C.Forest(f.parent, f.first, f.len + 1, f.node, f.slots), s, r), "slots beyond"),
         (lambda f, s, r: (_C.Forest(f.parent, f.first, f.len, f.node[:1].repeat(2), f.slots), s, r), "no node of its own"),
-        (lambda f, s, r: (f, s + 1, r), "does not end"),
+        (lambda f, s, r: (f, s + 1, r), "goes beyond"),
         (lambda f, s, r: (f, s, r + 1), "begin at token 0"),
         (lambda f, s, r: (_C.Forest(f.parent, f.first[:1], f.len, f.node, f.slots), s, r), "differ in length"),
     ],

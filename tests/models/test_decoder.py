@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tts_engine.attention import make_backend
+from tts_engine.attention import BACKENDS, make_backend
 from tts_engine.models.decoder import ROTARY_BLOCK
 from tts_engine.models.weights import load_decoder
-from tts_engine.testing import LLAMA3_ROPE, flat_layout, poisoned_cache, random_model, run_rows
+from tts_engine.testing import LLAMA3_ROPE, poisoned_cache, random_model, run_rows
 
 # (query heads, KV heads): groups 1, 2, 3, 4, 6, 7, 8
 HEADS = [(3, 3), (4, 2), (6, 2), (4, 1), (12, 2), (7, 1), (16, 2)]
@@ -125,17 +125,27 @@ def test_bfloat16_is_no_further_from_float32_than_transformers_is(tmp_path, fami
     assert (out - exact).abs().max() <= 2 * (theirs - exact).abs().max()
 
 
-def test_hidden_states_come_back_for_the_read_positions_only(tmp_path):
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("backend", ["reference", "per_branch", "native"])
+def test_the_last_layer_works_for_the_read_tokens_only(tmp_path, backend, deterministic):
+    """A prompt, a step under it and two under that: read at their ends, in between, or not at all."""
+    if deterministic and not BACKENDS[backend].batch_invariant:
+        pytest.skip(f"{backend} is never deterministic")
     _, directory = saved(tmp_path, "llama")
-    decoder, attention = load_decoder(directory), make_backend("per_branch")
-    (slots,), (tokens,) = paths(3, [9], 97, 16)
-    whole = run_rows(decoder, attention, poisoned_cache(decoder.spec, 16), [slots], [9], [tokens])
-    layout = flat_layout([slots], [9])
-    for read in ([8], [2, 7], []):
-        read_at = torch.tensor(read, dtype=torch.int64)
-        out = decoder.forward(torch.tensor(tokens), torch.from_numpy(layout.positions), cache=poisoned_cache(decoder.spec, 16),
-                              backend=attention, plan=attention.plan(layout), read_at=read_at)  # fmt: skip
-        assert torch.equal(out, whole[read_at])
+    decoder, attention = load_decoder(directory, deterministic=deterministic), make_backend(backend, deterministic=deterministic)
+    prompt, step, left, right = [*range(40, 49)], [*range(60, 64)], [*range(70, 77)], [1, 2, 3]
+    slots, new = [prompt, prompt + step, prompt + step + left, prompt + step + right], [9, 4, 7, 3]
+    (_, (ids,)) = paths(3, [23], 97, 80)
+    tokens = [ids[:9], ids[:13], ids[:20], ids[:13] + ids[20:]]
+    whole = run_rows(decoder, attention, poisoned_cache(decoder.spec, 80), slots, new, tokens)
+    for read in ([8, 12, 19, 22], [2, 10, 14], [11], [21], []):
+        cache = poisoned_cache(decoder.spec, 80)
+        out = run_rows(decoder, attention, cache, slots, new, tokens, read)
+        torch.testing.assert_close(out, whole[read], rtol=1e-5, atol=1e-6)
+        if deterministic:
+            assert torch.equal(out, whole[read])
+        written = torch.tensor(prompt + step + left + right)
+        assert cache.k[:, written].isfinite().all() and cache.v[:, written].isfinite().all()
         assert decoder.logits(out).shape == (len(read), 97)
 
 

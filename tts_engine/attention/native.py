@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 @dataclass(slots=True)
 class _Plan:
     tree: "_C.TreePlan"
-    write_slots: np.ndarray  # int64 [T]
+    write_slots: np.ndarray  # int64 [W]
     rows: np.ndarray
     ends: np.ndarray  # int32 [B], own tokens of each row, this batch's among them
 
@@ -47,7 +47,7 @@ class NativeAttention:
         if last is not None and self._goes_on(last, layout, ends) and last.tree.grow(layout.write_slots):
             last.write_slots, last.ends = layout.write_slots, ends
             return last
-        tree = _C.TreePlan(layout.paths.forest(), layout.starts, layout.row_starts, max_queries=MAX_QUERIES, split=SPLIT,
+        tree = _C.TreePlan(layout.paths.forest, layout.starts, layout.row_starts, max_queries=MAX_QUERIES, split=SPLIT,
                            reserve=RESERVE, compress=not self._deterministic)  # fmt: skip
         self._last = _Plan(tree, layout.write_slots, layout.rows, ends)
         return self._last

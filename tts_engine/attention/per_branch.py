@@ -31,7 +31,7 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    write_slots: Tensor  # int64 [T]
+    write_slots: Tensor  # int64 [W]
     chunks: list[_Chunk]
 
 

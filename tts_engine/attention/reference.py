@@ -22,7 +22,7 @@ class ReferenceAttention:
         self._device = device
 
     def plan(self, layout: BatchLayout) -> tuple[Tensor, list[Tensor]]:
-        """Slots to write [T], and for each token the slots it sees, oldest first, its own last."""
+        """Slots to write [W], and for each token the slots it sees, oldest first, its own last."""
         slots = torch.from_numpy(layout.context_slots).to(self._device, torch.int64)
         starts, lens = layout.row_starts.tolist(), layout.context_lens.tolist()
         seen = []

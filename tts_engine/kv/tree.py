@@ -6,6 +6,7 @@ one raises ValueError, always. Blocks are free, filling (leased), pinned (needed
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -167,7 +168,7 @@ class KVTree:
         return out
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TreePaths:
     """The paths of a batch's rows: row b is a node, or a lease, with its first ends[b] tokens and all that is above it."""
 
@@ -177,9 +178,11 @@ class TreePaths:
     ends: np.ndarray  # int32 [B], of the row's own tokens
     lens: np.ndarray  # int32 [B], of the whole path up to there
 
+    @cached_property
     def context_slots(self) -> np.ndarray:
         return self.tree.context_slots(self.handles, self.is_lease, self.lens)
 
+    @cached_property
     def forest(self) -> Any:
         return self.tree.forest(self.handles, self.is_lease, self.ends)
 

@@ -6,6 +6,7 @@ Knows nothing of branches or text: which slot is whose is the layout's business,
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,20 +71,28 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, positions: Tensor, *, cache: KVCache, backend: AttentionBackend, plan: Any,
-                read_at: Tensor) -> Tensor:  # fmt: skip
+                read_at: Tensor, read_plan: Any) -> Tensor:  # fmt: skip
         """Run T new tokens, store their keys and values, and return the final-normed hidden states at R of them.
 
         token_ids, positions: int64 [T], in the order of the layout that `plan` was made from; read_at: int64 [R], indices into
-        them. Returns [R, d] in the decoder's dtype.
+        them; read_plan: made from `layout.only(read_at)`, or `plan` itself where every token is read in its turn. Of the last
+        layer only keys and values are computed for tokens that are not read. Returns [R, d] in the decoder's dtype.
         """
         spec = self.spec
+        heads, all_heads = spec.num_heads, spec.num_heads + 2 * spec.num_kv_heads
         x = self.weights.embedding.index_select(0, token_ids)
         cos, sin = self._rotary.at(positions)
-        for i, layer in enumerate(self.weights.layers):
-            q, k, v = self._by_rows(self._project, layer, x, cos, sin)
-            attended = backend.run(q, k, v, cache, i, plan, spec.windows[i])
-            (x,) = self._by_rows(self._mix, layer, x, attended.reshape(-1, spec.num_heads * spec.head_dim))
-        (hidden,) = self._by_rows(self._final, self.weights.norm, x.index_select(0, read_at))
+        for i, layer in enumerate(self.weights.layers[:-1]):
+            qk, v = self._by_rows(partial(self._heads, 0, all_heads), layer, x, cos, sin)
+            attended = backend.run(qk[:, :heads], qk[:, heads:], v, cache, i, plan, spec.windows[i])
+            (x,) = self._by_rows(self._mix, layer, x, attended.flatten(1))
+        last = self.weights.layers[-1]
+        k, v = self._by_rows(partial(self._heads, heads, all_heads), last, x, cos, sin)
+        x, cos, sin = (rows.index_select(0, read_at) for rows in (x, cos, sin))
+        q, _ = self._by_rows(partial(self._heads, 0, heads), last, x, cos, sin)
+        attended = backend.run(q, k, v, cache, spec.num_layers - 1, read_plan, spec.windows[-1])
+        (x,) = self._by_rows(self._mix, last, x, attended.flatten(1))
+        (hidden,) = self._by_rows(self._final, self.weights.norm, x)
         return hidden
 
     @torch.inference_mode()
@@ -96,17 +105,20 @@ class Decoder:
     def _by_rows(self, work: Callable[..., tuple[Tensor, ...]], weights: Any, *rows: Tensor) -> tuple[Tensor, ...]:
         return in_tiles(work, weights, *rows) if self.deterministic else work(weights, *rows)
 
-    def _project(self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, d]; cos, sin [T, D/2] -> q [T, H, D], k and v [T, K, D], q and k rotated to their positions."""
+    def _heads(self, first: int, end: int, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, d]; cos, sin [T, D/2] -> those of heads first to end that turn with their position, and the rest, [T, heads, D].
+
+        The heads of a layer are H of queries, K of keys, both rotated to their positions, and K of values.
+        """
         spec = self.spec
-        rotated = spec.num_heads + spec.num_kv_heads
-        qkv = F.linear(self._norm(x, layer.attention_norm), layer.qkv, layer.qkv_bias)
-        qkv = qkv.view(len(x), rotated + spec.num_kv_heads, spec.head_dim)
-        qk, v = qkv.split((rotated, spec.num_kv_heads), dim=1)
+        rows = slice(first * spec.head_dim, end * spec.head_dim)
+        bias = layer.qkv_bias[rows] if layer.qkv_bias is not None else None
+        heads = F.linear(self._norm(x, layer.attention_norm), layer.qkv[rows], bias).view(len(x), end - first, spec.head_dim)
+        num_turned = min(end, spec.num_heads + spec.num_kv_heads) - first
+        turned, still = heads[:, :num_turned], heads[:, num_turned:]
         if layer.qk_norm is not None:
-            qk = self._norm(qk, layer.qk_norm)
-        qk = self._ops.rotate(qk, cos, sin)
-        return qk[:, : spec.num_heads], qk[:, spec.num_heads :], v
+            turned = self._norm(turned, layer.qk_norm[first : first + num_turned])
+        return self._ops.rotate(turned, cos, sin), still
 
     def _mix(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> tuple[Tensor]:
         """x [T, d], attended [T, H D] -> the layer's output [T, d]."""

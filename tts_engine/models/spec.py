@@ -172,6 +172,12 @@ class DecoderSpec:
         return 2 * self.num_layers * self.layer_weights
 
     @property
+    def flops_per_read(self) -> int:
+        """Those of them that the last layer spends only on a token whose hidden state is read: all but its key and value."""
+        keys_and_values = 2 * self.hidden_size * self.num_kv_heads * self.head_dim
+        return 2 * (self.layer_weights - keys_and_values)
+
+    @property
     def lm_head_flops(self) -> int:
         """FLOPs of the logits of one read position: 2 per vocabulary entry and hidden unit."""
         return 2 * self.vocab_size * self.hidden_size

@@ -158,9 +158,11 @@ class Scorer:
         for (node, run), is_step in zip(runs.items(), of_step, strict=True):
             tree.set_computed(node, run.start + len(run.ids))
             ledger = run.context.ledger
-            self.runner.charge(ledger, tokens=len(run.ids), context_pairs=pairs(run.before + run.start, len(run.ids)))
+            before, count = run.before + run.start, len(run.ids)
+            self.runner.charge(ledger, tokens=count, context_pairs=pairs(before, count))
             ledger.tokens_recomputed += len(run.ids) * run.known
             if is_step:
+                self.runner.charge_reads(ledger, tokens=1, context_pairs=before + count + self.spec.read_at + 1)
                 ledger.head_flops += self.head_flops
                 found[node] = next(scores)
         return found
