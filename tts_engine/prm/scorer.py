@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from textwrap import shorten
 
 import numpy as np
@@ -28,6 +28,7 @@ class ScoreContext:
     ledger: PRMLedger
     scored: Callable[[Branch], None]
     opened: bool = False  # the opening was read once already
+    step_ids: dict[tuple[str, bool], list[int]] = field(default_factory=dict)  # spec.step's answers so far
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +76,7 @@ class Scorer:
         readings = []
         for place, branch in enumerate(ask.branches):
             if None in branch.scores:
-                steps = [self.spec.step(step.text, number == 0) for number, step in enumerate(branch.steps)]
+                steps = [self._ids(context, step.text, number == 0) for number, step in enumerate(branch.steps)]
                 readings.append(_Reading(context, answer, place, branch, [context.opening, *steps]))
                 self._refuse_unless_readable(readings[-1])
             else:
@@ -111,6 +112,13 @@ class Scorer:
                 tree.drop(nodes[-1])
         for reading, nodes in taken:
             self._answer(reading, [scores.get(node) for node in nodes])
+
+    def _ids(self, context: ScoreContext, text: str, first: bool) -> list[int]:
+        """A step as the PRM reads it; the tokenizer is asked once."""
+        ids = context.step_ids.get((text, first))
+        if ids is None:
+            ids = context.step_ids[text, first] = self.spec.step(text, first)
+        return ids
 
     def _refuse_unless_readable(self, reading: _Reading) -> None:
         model = self.runner.decoder.spec
