@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
@@ -19,25 +20,40 @@ _TABLES: dict[str, list[dict]] = {}
 
 def pytest_addoption(parser):
     parser.addoption("--save", metavar="NAME", help="write the tables to bench/results/NAME.json")
+    parser.addoption("--layers", type=int, default=2, help="of 24: the slice of a model that test_search.py runs")
+    parser.addoption("--long", action="store_true", help="also the cases of test_search.py that take many minutes")
+
+
+@pytest.fixture
+def tell(request):
+    """tell(case, **columns): a row of the table that is no race."""
+    subject = request.module.__name__.removeprefix("test_")
+    return lambda case, **columns: _TABLES.setdefault(subject, []).append({"case": case} | columns)
 
 
 @pytest.fixture
 def race(request):
-    """race(case, contenders, gflop=, gbyte=): median seconds by contender; the first one is ours, the others are set against it."""
+    """race(case, contenders, gflop=, gbyte=): median seconds by contender; the first one is ours, the others are set against it.
+
+    turns: for what takes long, exactly so many rounds, the first of them no rehearsal. columns: from what a contender returned last
+    and its seconds, further columns of its row.
+    """
     subject = request.module.__name__.removeprefix("test_")
 
-    def run(case: str, contenders: dict[str, Callable[[], object]], *, gflop: float = 0.0, gbyte: float = 0.0) -> dict[str, float]:
+    def run(case: str, contenders: dict[str, Callable[[], object]], *, gflop: float = 0.0, gbyte: float = 0.0, turns: int = 0,
+            columns: Callable[[Any, float], dict[str, object]] | None = None) -> dict[str, float]:  # fmt: skip
         ours = next(iter(contenders))
         runners = [*contenders.items(), (ours + AGAIN, contenders[ours])]
         times: dict[str, list[float]] = {name: [] for name, _ in runners}
-        for _, runner in runners:
+        returned: dict[str, object] = {}
+        for _, runner in runners if not turns else []:
             runner()
         started, rounds = time.perf_counter(), 0
-        while rounds < LEAST_ROUNDS or time.perf_counter() - started < SECONDS:
+        while rounds < (turns or LEAST_ROUNDS) or (not turns and time.perf_counter() - started < SECONDS):
             for i in range(len(runners)):
                 name, runner = runners[(i + rounds) % len(runners)]
                 began = time.perf_counter()
-                runner()
+                returned[name] = runner()
                 times[name].append(time.perf_counter() - began)
             rounds += 1
         medians = {name: median(seconds) for name, seconds in times.items()}
@@ -45,6 +61,7 @@ def race(request):
             row = {"case": case, "contender": name, "ms": 1e3 * seconds, "times ours": seconds / medians[ours], "rounds": rounds}
             row |= {"GFLOP/s": gflop / seconds} if gflop else {}
             row |= {"GB/s": gbyte / seconds} if gbyte else {}
+            row |= columns(returned[name], seconds) if columns is not None else {}
             _TABLES.setdefault(subject, []).append(row)
         return medians
 
