@@ -20,8 +20,9 @@ _TABLES: dict[str, list[dict]] = {}
 
 def pytest_addoption(parser):
     parser.addoption("--save", metavar="NAME", help="write the tables to bench/results/NAME.json")
-    parser.addoption("--layers", type=int, default=2, help="of 24: the slice of a model that test_search.py runs")
+    parser.addoption("--layers", type=int, default=1, help="of 24: the slice of a model that test_search.py runs")
     parser.addoption("--long", action="store_true", help="also the cases of test_search.py that take many minutes")
+    parser.addoption("--turns", type=int, default=3, help="how often each contender runs where a run takes long")
 
 
 @pytest.fixture
@@ -35,21 +36,22 @@ def tell(request):
 def race(request):
     """race(case, contenders, gflop=, gbyte=): median seconds by contender; the first one is ours, the others are set against it.
 
-    turns: for what takes long, exactly so many rounds, the first of them no rehearsal. columns: from what a contender returned last
-    and its seconds, further columns of its row.
+    slow: exactly as many rounds as --turns says, none of them a rehearsal. columns: from what a contender returned last and its
+    seconds, further columns of its row.
     """
+    turns = request.config.getoption("--turns")
     subject = request.module.__name__.removeprefix("test_")
 
-    def run(case: str, contenders: dict[str, Callable[[], object]], *, gflop: float = 0.0, gbyte: float = 0.0, turns: int = 0,
+    def run(case: str, contenders: dict[str, Callable[[], object]], *, gflop: float = 0.0, gbyte: float = 0.0, slow: bool = False,
             columns: Callable[[Any, float], dict[str, object]] | None = None) -> dict[str, float]:  # fmt: skip
         ours = next(iter(contenders))
         runners = [*contenders.items(), (ours + AGAIN, contenders[ours])]
         times: dict[str, list[float]] = {name: [] for name, _ in runners}
         returned: dict[str, object] = {}
-        for _, runner in runners if not turns else []:
+        for _, runner in [] if slow else runners:
             runner()
         started, rounds = time.perf_counter(), 0
-        while rounds < (turns or LEAST_ROUNDS) or (not turns and time.perf_counter() - started < SECONDS):
+        while rounds < turns if slow else rounds < LEAST_ROUNDS or time.perf_counter() - started < SECONDS:
             for i in range(len(runners)):
                 name, runner = runners[(i + rounds) % len(runners)]
                 began = time.perf_counter()

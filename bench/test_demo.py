@@ -22,9 +22,9 @@ from .baselines.lockstep import Rows, Task, search
 from .baselines.sharing_blind import RereadingPRM, SharingBlindPolicy
 from .baselines.transformers_loop import TransformersPolicy, TransformersPRM, language_model
 
+pytestmark = pytest.mark.timeout(0)
 POLICY, PRM = "policy-s", "prm-good"
 PROBLEMS = 20
-ROUNDS = 3
 ALIKE = 0.95  # of steps and of answers: what float32 leaves open, another arithmetic may decide otherwise, and all that follows
 
 
@@ -94,5 +94,5 @@ def test_demo(race, engine, loops, name):
 
     contenders = {"ours": side_by_side, "ours, one problem at a time": one_by_one}
     contenders |= {name: loop(policy, prm) for name, (policy, prm) in loops.items()}
-    race(f"{POLICY} + {PRM}, {name} n=16, {PROBLEMS} problems", contenders, turns=ROUNDS,
+    race(f"{POLICY} + {PRM}, {name} n=16, {PROBLEMS} problems", contenders, slow=True,
          columns=lambda _, seconds: {"problems/s": PROBLEMS / seconds})  # fmt: skip

@@ -1,9 +1,10 @@
 """Whole searches, PRM readings and decoding at Qwen2.5-0.5B's shape with random weights, against engines that share less.
 
-By default a slice of the model (see baselines/models.py) and the short cases; `--layers 24` takes the whole model, `--long` all
-cases, `-k` picks some of them. Steps have drawn lengths, 50 tokens on average, and every contender goes on with the branches that
-our scores choose: all draw and score the same steps, which is asserted before anything is told. What they say is not compared here;
-test_demo.py does that.
+By default a slice of the model, one layer (see baselines/models.py), and the short cases; `--layers 24` takes the whole model,
+`--long` all cases, `-k` picks some of them, as in `-k beam-64-10-bf16`, and `--turns` says how often each is run.
+
+Steps have drawn lengths, 50 tokens on average, and every contender goes on with the branches that our scores choose: all draw and
+score the same steps, which is asserted before anything is told. What they say is not compared here; test_demo.py does that.
 """
 
 import itertools
@@ -34,9 +35,9 @@ from .baselines.ours import Ours, read_everything
 from .baselines.sharing_blind import RereadingPRM, SharingBlindPolicy
 from .baselines.transformers_loop import TransformersPolicy, TransformersPRM, cache_bytes, language_model
 
+pytestmark = pytest.mark.timeout(0)  # the long cases take what they take
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PROMPT, STEP, WIDTH = 150, 50, 4
-TURNS = 3
 LIMITS = {"max_step_tokens": 2 * STEP, "max_tokens": 4096}
 ROOM = 200_000  # tokens of KV that each of our models may have; memory is taken only where it is used
 OURS, BLIND, BLIND_KERNEL, LOOP = "ours", "sharing-blind, PRM re-read", "the same with our kernel", "transformers loop"
@@ -130,11 +131,11 @@ def searched(models: Models, name: str, n: int, depth: int) -> tuple[Task, Spent
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("depth", [10, 20])
+@pytest.mark.parametrize("depth", [5, 10, 20])
 @pytest.mark.parametrize("n", [16, 64])
 @pytest.mark.parametrize("name", ["beam", "dvts"])
 def test_search(race, models, unless_long, name, n, depth, dtype):
-    unless_long((n, depth, dtype) == (16, 10, "bf16"))
+    unless_long((name, n, depth, dtype) == ("beam", 16, 5, "bf16"))
     models = models(dtype)
     task, spent = searched(models, name, n, depth)
 
@@ -151,21 +152,21 @@ def test_search(race, models, unless_long, name, n, depth, dtype):
 
     rows = {"rows": n, "path": PROMPT + round(1.2 * depth * STEP)}
     contenders = {OURS: ours} | {who: loop(*models.loop(who, **rows)) for who in (BLIND, BLIND_KERNEL, LOOP)}
-    race(f"{name}, n={n}, {depth} steps of {STEP}, {models.name}", contenders, turns=TURNS, columns=told)
+    race(f"{name}, n={n}, {depth} steps of {STEP}, {models.name}", contenders, slow=True, columns=told)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [4, 16, 64, 256])
 def test_growth(race, models, unless_long, n, dtype):
     """Seconds and bytes of one beam search as n grows; beside them what paths of their own would take."""
-    unless_long(n < 64 and dtype == "bf16")
+    unless_long(n < 256 and dtype == "bf16")
     models = models(dtype)
     task, spent = searched(models, "beam", n, 10)
     paths = Counter[int]()
     for node in spent.nodes:
         paths[node.depth] += PROMPT + node.num_tokens
     unshared = max(paths.values()) * models.token_bytes / 1e6
-    race(f"growth, beam, n={n}, 10 steps of {STEP}, {models.name}", {OURS: lambda: models.ours.search(task)[1]}, turns=TURNS,
+    race(f"growth, beam, n={n}, 10 steps of {STEP}, {models.name}", {OURS: lambda: models.ours.search(task)[1]}, slow=True,
          columns=lambda spent, seconds: told(spent, seconds) | {"policy KV MB, unshared": unshared})  # fmt: skip
 
 
@@ -230,12 +231,11 @@ def test_prm(race, models, unless_long, dtype):
         OURS: lambda: reading.scored(reading.candidates()),
         "our kernel, paths re-read": lambda: blind.read(candidates, Spent()),
         "transformers, paths re-read one by one": lambda: one_by_one.read(candidates, Spent()),
-        "transformers, paths re-read by four": lambda: loop.read(candidates, Spent()),
         "transformers, cache kept, new tokens only": kept,
-        "its matrix products alone": products(models, rows=len(candidates) * Reading.STEP, logits=0),
     }
     new = len(candidates) * Reading.STEP
-    race(f"PRM, 64 steps of 64 on paths of 768, {models.name}", contenders, turns=TURNS,
+    contenders |= products(models, rows=new, logits=0)
+    race(f"PRM, 64 steps of 64 on paths of 768, {models.name}", contenders, slow=True,
          columns=lambda _, seconds: {"new tokens/s": new / seconds})  # fmt: skip
 
 
@@ -261,24 +261,38 @@ def kept_cache(loop: TransformersPRM, reading: Reading):
 # Decoding alone
 
 
-def products(models: Models, *, rows: int, logits: int, times: int = 1):
-    """The matrix products of a forward, and nothing else: the fastest of PyTorch's ways with them, each measured before."""
+def products(models: Models, *, rows: int, logits: int, times: int = 1) -> dict:
+    """The matrix products of a forward and nothing else, in each of PyTorch's ways with them: the fastest is the ceiling."""
     config = sliced(models.layers)
     d, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     wide = (heads + 2 * config["num_key_value_heads"]) * d // heads
-    shapes = [(wide, d), (d, d), (2 * inner, d), (d, inner)] * config["num_hidden_layers"]
-    layers = [(rows, torch.randn(shape, dtype=models.dtype)) for shape in shapes]
-    if logits:
-        layers.append((logits, torch.randn(config["vocab_size"], d, dtype=models.dtype)))
-    inputs = {(count, weight.shape[1]): torch.randn(count, weight.shape[1], dtype=models.dtype) for count, weight in layers}
+    shapes = [(rows, wide, d), (rows, d, d), (rows, 2 * inner, d), (rows, d, inner)] * config["num_hidden_layers"]
+    shapes += [(logits, config["vocab_size"], d)] if logits else []
 
-    def run():
-        with torch.inference_mode():
-            for _ in range(times):
-                for count, weight in layers:
-                    F.linear(inputs[count, weight.shape[1]], weight)
+    def alone(way):
+        work = [(way(torch.randn(n, k, dtype=models.dtype)), torch.randn(m, k, dtype=models.dtype)) for m, n, k in shapes]
 
-    return run
+        def run():
+            with torch.inference_mode():
+                for _ in range(times):
+                    for multiply, x in work:
+                        multiply(x)
+
+        return run
+
+    return {f"its matrix products alone, {name}": alone(way) for name, way in WAYS.items()}
+
+
+def plain(weight):
+    return lambda x: F.linear(x, weight)
+
+
+def packed(weight):
+    kept = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, kept, None, "none", [], "")
+
+
+WAYS = {"plain": plain, "packed": packed} if torch.backends.mkldnn.is_available() else {"plain": plain}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -297,11 +311,11 @@ def test_decode(race, models, unless_long, rows, dtype):
         contenders = {
             OURS: lambda: engine.search(problem, method),
             "transformers, prompt's cache reused": cached_decode(models, result.nodes[0].path[0].tokens, rows, new),
-            "its matrix products alone": products(models, rows=rows, logits=rows, times=new),
         }
+        contenders |= products(models, rows=rows, logits=rows, times=new)
         spec = models.checkpoints[0].spec
         gflop = 1e-9 * (spec.flops_per_token + spec.lm_head_flops) * rows * new  # of the matrix products
-        race(f"decode, {rows} branches on 512, {models.name}", contenders, gflop=gflop, turns=TURNS,
+        race(f"decode, {rows} branches on 512, {models.name}", contenders, gflop=gflop, slow=True,
              columns=lambda _, seconds: {"tokens/s": rows * new / seconds})  # fmt: skip
 
 
