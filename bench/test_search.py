@@ -11,6 +11,7 @@ import itertools
 import random
 import string
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from tts_engine.tasks.problems import Problem
 from .baselines.lockstep import Spent, Task, search
 from .baselines.models import SHAPE, make_models, sliced, text_of
 from .baselines.ours import Ours, read_everything
+from .baselines.peers import PEERS, Missing
 from .baselines.sharing_blind import RereadingPRM, SharingBlindPolicy
 from .baselines.transformers_loop import TransformersPolicy, TransformersPRM, cache_bytes, language_model
 
@@ -39,7 +41,7 @@ pytestmark = pytest.mark.timeout(0)  # the long cases take what they take
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PROMPT, STEP, WIDTH = 150, 50, 4
 LIMITS = {"max_step_tokens": 2 * STEP, "max_tokens": 4096}
-ROOM = 200_000  # tokens of KV that each of our models may have; memory is taken only where it is used
+ROOM = 120_000  # tokens of KV that each of our models may have; memory is taken only where it is used
 OURS, BLIND, BLIND_KERNEL, LOOP = "ours", "sharing-blind, PRM re-read", "the same with our kernel", "transformers loop"
 
 
@@ -143,6 +145,8 @@ def test_search(race, models, unless_long, name, n, depth, dtype):
         return models.ours.search(task)[1]
 
     def loop(writer, reader):
+        search(replace(task, method=make_method(name, n=WIDTH, max_steps=1), scores=None), writer, reader)  # a rehearsal
+
         def run():
             done = search(task, writer, reader)[1]
             assert (done.tokens_drawn, done.steps_scored) == (spent.tokens_drawn, spent.steps_scored)
@@ -297,7 +301,7 @@ WAYS = {"plain": plain, "packed": packed} if torch.backends.mkldnn.is_available(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 4, 16, 64])
-def test_decode(race, models, unless_long, rows, dtype):
+def test_decode(race, tell, models, unless_long, tmp_path, rows, dtype):
     """Branches on one prompt of 512 tokens that is read already, 64 new tokens each."""
     unless_long(dtype == "bf16")
     models, new = models(dtype), 64
@@ -308,14 +312,20 @@ def test_decode(race, models, unless_long, rows, dtype):
         method = Majority(n=rows, max_steps=1)
         [result] = engine.search(problem, method)
         assert [len(node.tokens) for node in result.nodes] == [new] * rows
+        case, prompt = f"decode, {rows} branches on 512, {models.name}", result.nodes[0].path[0].tokens
         contenders = {
             OURS: lambda: engine.search(problem, method),
-            "transformers, prompt's cache reused": cached_decode(models, result.nodes[0].path[0].tokens, rows, new),
+            "transformers, prompt's cache reused": cached_decode(models, prompt, rows, new),
         }
         contenders |= products(models, rows=rows, logits=rows, times=new)
+        for name, adapter in PEERS.items():
+            try:
+                contenders[name] = adapter(models.checkpoints[0], tmp_path, prompt, rows, new)
+            except Missing as reason:
+                tell(case, contender=name, missing=str(reason))
         spec = models.checkpoints[0].spec
         gflop = 1e-9 * (spec.flops_per_token + spec.lm_head_flops) * rows * new  # of the matrix products
-        race(f"decode, {rows} branches on 512, {models.name}", contenders, gflop=gflop, slow=True,
+        race(case, contenders, gflop=gflop, slow=True,
              columns=lambda _, seconds: {"tokens/s": rows * new / seconds})  # fmt: skip
 
 

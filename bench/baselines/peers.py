@@ -1,0 +1,149 @@
+"""Other libraries at the same decoding: branches on one prompt, each with its own tokens (extra `peers`).
+
+An adapter takes a checkpoint with random weights, the prompt's ids, the number of branches and of new tokens, and returns what does
+the decoding. Where its library is not installed, or cannot run here, it raises Missing, and the table says so.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tts_engine.models.tokenizer import load_tokenizer
+from tts_engine.models.weights import Checkpoint
+
+Decode = Callable[[], object]
+
+
+class Missing(Exception):
+    """Why a peer is not in the race."""
+
+
+def llama_cpp(checkpoint: Checkpoint, directory: Path, prompt: Sequence[int], branches: int, new: int) -> Decode:
+    """llama.cpp with its own forking: the prompt is read once, its cells are given to every sequence, one token each a call."""
+    library = _imported("llama_cpp")
+    path = gguf_of(checkpoint, directory)
+    model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
+    if not model:
+        raise Missing("llama.cpp cannot read the file that was written for it")
+    settings = library.llama_context_default_params()
+    settings.n_ctx = len(prompt) + branches * (new + 1)
+    settings.n_batch = settings.n_ubatch = max(len(prompt), branches)
+    settings.n_seq_max, settings.kv_unified = branches, True
+    settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+    context = library.llama_init_from_model(model, settings)
+    memory, size = library.llama_get_memory(context), checkpoint.spec.vocab_size
+    batch = library.llama_batch_init(settings.n_batch, 0, 1)
+
+    def feed(tokens: Sequence[int], places: Sequence[int], sequences: Sequence[int], read: Sequence[bool]) -> torch.Tensor:
+        batch.n_tokens = len(tokens)
+        for i, (token, place, sequence, is_read) in enumerate(zip(tokens, places, sequences, read, strict=True)):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, place, 1
+            batch.seq_id[i][0], batch.logits[i] = sequence, is_read
+        assert library.llama_decode(context, batch) == 0, "llama_decode failed"
+        pointers = (library.llama_get_logits_ith(context, i) for i, is_read in enumerate(read) if is_read)
+        return torch.from_numpy(np.stack([np.ctypeslib.as_array(pointer, (size,)) for pointer in pointers]))
+
+    def sample(logits: torch.Tensor) -> list[int]:
+        return torch.multinomial(logits.softmax(-1), 1)[:, 0].tolist()
+
+    last = len(prompt) - 1
+    first = feed(prompt, range(len(prompt)), [0] * len(prompt), [i == last for i in range(len(prompt))]).expand(branches, -1)
+
+    def run() -> None:
+        for sequence in range(branches):
+            library.llama_memory_seq_rm(memory, sequence, len(prompt), -1)
+            if sequence:
+                library.llama_memory_seq_cp(memory, 0, sequence, 0, len(prompt))
+        tokens = sample(first)
+        for drawn in range(new - 1):
+            tokens = sample(feed(tokens, [len(prompt) + drawn] * branches, range(branches), [True] * branches))
+
+    return run
+
+
+def openvino(checkpoint: Checkpoint, directory: Path, prompt: Sequence[int], branches: int, new: int) -> Decode:
+    """OpenVINO GenAI's continuous batching; the prompt is among what it does, for its cache cannot be kept for the next run."""
+    library, runtime = _imported("openvino_genai"), _imported("openvino")
+    path, schedule, config = gguf_of(checkpoint, directory), library.SchedulerConfig(), library.GenerationConfig()
+    schedule.cache_size, schedule.enable_prefix_caching = 4, True
+    config.max_new_tokens = config.min_new_tokens = new
+    config.do_sample, config.num_return_sequences, config.ignore_eos = True, branches, True
+    config.temperature, config.top_k, config.top_p = 1.0, checkpoint.spec.vocab_size, 1.0
+    try:
+        pipeline = library.LLMPipeline(str(path), "CPU", scheduler_config=schedule, INFERENCE_NUM_THREADS=torch.get_num_threads())
+    except RuntimeError as error:
+        raise Missing(f"OpenVINO GenAI: {str(error).splitlines()[0]}") from error
+    ids = runtime.Tensor(np.array([prompt], np.int64))
+    return lambda: pipeline.generate(ids, config)
+
+
+def vllm(checkpoint: Checkpoint, directory: Path, prompt: Sequence[int], branches: int, new: int) -> Decode:
+    """vLLM with weights of its own making; its prefix cache keeps the prompt."""
+    library = _imported("vllm")
+    try:
+        model = library.LLM(str(checkpoint.directory), load_format="dummy", dtype="bfloat16", max_num_seqs=branches,
+                            skip_tokenizer_init=True, max_model_len=len(prompt) + new)  # fmt: skip
+    except Exception as error:  # it has a dozen ways to say that there is no device for it
+        raise Missing(f"vLLM does not run here: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+    sampling = library.SamplingParams(n=branches, temperature=1.0, max_tokens=new, ignore_eos=True, detokenize=False)
+    return lambda: model.generate({"prompt_token_ids": list(prompt)}, sampling, use_tqdm=False)
+
+
+PEERS = {"llama.cpp": llama_cpp, "OpenVINO GenAI": openvino, "vLLM": vllm}
+
+
+def gguf_of(checkpoint: Checkpoint, directory: Path) -> Path:
+    """The checkpoint as a GGUF file of 16-bit floats, with its tokenizer."""
+    gguf = _imported("gguf")
+    path, spec, config = Path(directory) / "model.gguf", checkpoint.spec, checkpoint.config
+    if path.exists():
+        return path
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_context_length(spec.max_positions)
+    writer.add_embedding_length(spec.hidden_size)
+    writer.add_block_count(spec.num_layers)
+    writer.add_feed_forward_length(spec.intermediate_size)
+    writer.add_head_count(spec.num_heads)
+    writer.add_head_count_kv(spec.num_kv_heads)
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    _add_tokenizer(writer, gguf, checkpoint)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, spec.num_layers)
+    for name, shape in spec.tensor_shapes.items():
+        tensor = torch.empty(shape, dtype=torch.bfloat16)
+        checkpoint.read_into(name, tensor)
+        kind = torch.float16 if tensor.dim() > 1 else torch.float32
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.to(kind).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_tokenizer(writer, gguf, checkpoint: Checkpoint) -> None:
+    """The made-up tokenizer, filled up to the model's vocabulary: no text is compared, but a model is not read without one."""
+    tokenizer, kinds = load_tokenizer(checkpoint.directory), gguf.TokenType
+    known = {id: piece for piece, id in tokenizer.get_vocab().items()}
+    special = dict.fromkeys(tokenizer.all_special_ids, kinds.CONTROL)
+    types = dict.fromkeys(known, kinds.NORMAL) | special
+    ids = range(checkpoint.spec.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([known.get(id, f"[PAD{id}]") for id in ids])
+    writer.add_token_types([types.get(id, kinds.UNUSED) for id in ids])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in merges])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+
+
+def _imported(name: str):
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise Missing(f"{error.name or name} is not installed") from error
