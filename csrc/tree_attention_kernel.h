@@ -273,9 +273,10 @@ class Worker {
   void weigh(int row, int seen, int vectors, const float* scores, T* shares) {
     const Floats nothing = Floats{} - kInf;
     Floats x[kChunk / kLanes], top = nothing;
+    const bool all = seen >= vectors * kLanes;
     for (int j = 0; j < vectors; ++j) {
-      const Floats score = load<Floats>(scores + j * kLanes);
-      x[j] = lane_numbers() + j * kLanes < seen ? score : nothing;
+      x[j] = load<Floats>(scores + j * kLanes);
+      if (!all) x[j] = lane_numbers() + j * kLanes < seen ? x[j] : nothing;
       top = maximum(top, x[j]);
     }
     const float before = peaks_[row];
@@ -290,7 +291,8 @@ class Worker {
       for (int d = 0; d < width_; d += kLanes) store(sum + d, load<Floats>(sum + d) * fade);
     }
     for (int j = 0; j < vectors; ++j) {
-      const Floats share = lane_numbers() + j * kLanes < seen ? exp2(x[j] * scale_ - base) : Floats{};
+      Floats share = exp2(x[j] * scale_ - base);
+      if (!all) share = lane_numbers() + j * kLanes < seen ? share : Floats{};
       weight += share;
       E::put(shares + j * kLanes, share);
     }
