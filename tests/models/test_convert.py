@@ -56,8 +56,10 @@ def equal(a, b):
 
 def all_tensors(decoder):
     weights = decoder.weights
-    layers = [t for layer in weights.layers for t in (layer.qkv, layer.qkv_bias, layer.out, layer.gate_up, layer.down)]
-    return [t for t in (weights.embedding, weights.norm, weights.lm_head, *layers) if t is not None]
+    layers = weights.layers
+    linears = [m for layer in layers for m in (*layer.heads, layer.out, layer.gate_up, layer.down)] + [weights.lm_head]
+    matrices = [t for linear in linears if linear is not None for t in (linear.weight, linear.bias) if t is not None]
+    return [weights.embedding, weights.norm, *matrices]
 
 
 # --- what is written ------------------------------------------------------------------------------------------------------

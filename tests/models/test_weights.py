@@ -30,8 +30,10 @@ def sharded(tmp_path):
 
 def all_tensors(decoder):
     weights = decoder.weights
-    layers = [t for layer in weights.layers for t in (layer.qkv, layer.qkv_bias, layer.out, layer.gate_up, layer.down)]
-    return [weights.embedding, weights.norm, weights.lm_head, *layers]
+    layers = weights.layers
+    linears = [m for layer in layers for m in (*layer.heads, layer.out, layer.gate_up, layer.down)] + [weights.lm_head]
+    matrices = [t for linear in linears if linear is not None for t in (linear.weight, linear.bias) if t is not None]
+    return [weights.embedding, weights.norm, *matrices]
 
 
 def edit_json(path, change):
@@ -63,7 +65,7 @@ def test_tensors_are_converted_one_by_one_to_the_wanted_dtype(checkpoint):
 def test_a_tied_checkpoint_shares_one_tensor(tmp_path):
     random_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
     weights = load_decoder(tmp_path).weights
-    assert weights.lm_head is weights.embedding
+    assert weights.lm_head.weight is weights.embedding
 
 
 def test_an_unused_lm_head_of_a_prm_is_not_read(checkpoint):
@@ -157,7 +159,7 @@ def test_made_up_weights_keep_activations_in_bounds(bare, family, sizes, dtype):
     assert logits.isfinite().all() and 0.3 < logits.std() < 3 and logits.std(0).min() > 0.1
     layer = decoder.weights.layers[-1]
     assert (layer.attention_norm == 1).all() and (layer.qk_norm is None or (layer.qk_norm == 1).all())
-    assert layer.qkv_bias is None or (layer.qkv_bias == 0).all()
+    assert all(part.bias is None or (part.bias == 0).all() for part in layer.heads)
 
 
 def test_a_made_up_tensor_hangs_on_its_name_alone(bare):
@@ -171,7 +173,9 @@ def test_a_made_up_tensor_hangs_on_its_name_alone(bare):
     first = {part: read(part) for part in "qkvo"}
     assert all(torch.equal(read(part), first[part]) for part in "ovkq")
     weights = load_decoder(source).weights.layers
-    assert torch.equal(weights[1].qkv, torch.cat([first[part] for part in "qkv"])) and torch.equal(weights[1].out, first["o"])
+    queries, keys_values = weights[1].heads
+    assert torch.equal(queries.weight, first["q"]) and torch.equal(keys_values.weight, torch.cat([first[part] for part in "kv"]))
+    assert torch.equal(weights[1].out.weight, first["o"])
     different = [*first.values(), read("q", 0)]
     assert all((a - b).abs().mean() > 0.05 for i, a in enumerate(different) for b in different[:i])
     assert torch.equal(load_decoder(RandomCheckpoint(source.directory)).weights.embedding, load_decoder(source).weights.embedding)

@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.base import AttentionBackend
 from ..kv.cache import KVCache
+from .linear import Linear
 from .ops import ops_for
 from .spec import DecoderSpec
 
@@ -29,23 +29,23 @@ class LayerWeights:
     """One layer; d hidden, I intermediate. Fused matrices hold their parts one after the other along dimension 0."""
 
     attention_norm: Tensor  # [d]
-    qkv: Tensor  # [(H + 2K) D, d]
-    qkv_bias: Tensor | None  # [(H + 2K) D]
+    heads: tuple[Linear, ...]  # [(H + 2K) D, d]; of the last layer the queries' [H D, d], then the keys' and values' [2K D, d]
     qk_norm: Tensor | None  # [H + K, D], of the query heads, then of the key heads
-    out: Tensor  # [d, H D]
+    out: Linear  # [d, H D]
     mlp_norm: Tensor  # [d]
-    gate_up: Tensor  # [2 I, d]
-    down: Tensor  # [d, I]
+    gate_up: Linear  # [2 I, d]
+    down: Linear  # [d, I]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderWeights:
-    """All tensors of a decoder, in one dtype on one device."""
+    """All tensors of a decoder on one device; what is no matrix to be multiplied with is of one dtype, that of the activations."""
 
     embedding: Tensor  # [V, d]
     layers: list[LayerWeights]
     norm: Tensor  # [d]
-    lm_head: Tensor | None  # [V, d]; the embedding itself where tied; None where the checkpoint has no use for it
+    lm_head: Linear | None  # [V, d]; None where the checkpoint has no use for it
+    head_row: Callable[[int], Tensor] | None  # a token's row [d] of the lm_head before any quantising
 
 
 class Decoder:
@@ -79,17 +79,18 @@ class Decoder:
         layer only keys and values are computed for tokens that are not read. Returns [R, d] in the decoder's dtype.
         """
         spec = self.spec
-        heads, all_heads = spec.num_heads, spec.num_heads + 2 * spec.num_kv_heads
+        heads = spec.num_heads
         x = self.weights.embedding.index_select(0, token_ids)
         cos, sin = self._rotary.at(positions)
         for i, layer in enumerate(self.weights.layers[:-1]):
-            qk, v = self._by_rows(partial(self._heads, 0, all_heads), layer, x, cos, sin)
+            qk, v = self._by_rows(partial(self._heads, 0, layer.heads[0]), layer, x, cos, sin)
             attended = backend.run(qk[:, :heads], qk[:, heads:], v, cache, i, plan, spec.windows[i])
             (x,) = self._by_rows(self._mix, layer, x, attended.flatten(1))
         last = self.weights.layers[-1]
-        k, v = self._by_rows(partial(self._heads, heads, all_heads), last, x, cos, sin)
+        queries, keys_values = last.heads
+        k, v = self._by_rows(partial(self._heads, heads, keys_values), last, x, cos, sin)
         x, cos, sin = (rows.index_select(0, read_at) for rows in (x, cos, sin))
-        q, _ = self._by_rows(partial(self._heads, 0, heads), last, x, cos, sin)
+        q, _ = self._by_rows(partial(self._heads, 0, queries), last, x, cos, sin)
         attended = backend.run(q, k, v, cache, spec.num_layers - 1, read_plan, spec.windows[-1])
         (x,) = self._by_rows(self._mix, last, x, attended.flatten(1))
         (hidden,) = self._by_rows(self._final, self.weights.norm, x)
@@ -99,22 +100,22 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, d] -> float32 [R, V]. Only for checkpoints with an lm_head."""
         assert self.weights.lm_head is not None, f"{self.spec.architecture} has no vocabulary head"
-        (logits,) = self._by_rows(lambda weight, x: (F.linear(x, weight),), self.weights.lm_head, hidden)
-        return logits.float()
+        (logits,) = self._by_rows(lambda linear, x: (linear(x, torch.float32),), self.weights.lm_head, hidden)
+        return logits
 
     def _by_rows(self, work: Callable[..., tuple[Tensor, ...]], weights: Any, *rows: Tensor) -> tuple[Tensor, ...]:
         return in_tiles(work, weights, *rows) if self.deterministic else work(weights, *rows)
 
-    def _heads(self, first: int, end: int, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, d]; cos, sin [T, D/2] -> those of heads first to end that turn with their position, and the rest, [T, heads, D].
+    def _heads(self, first: int, linear: Linear, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, d]; cos, sin [T, D/2] -> the heads from `first` on that `linear` makes, [T, heads, D]: those that turn with their
+        position, and the rest.
 
         The heads of a layer are H of queries, K of keys, both rotated to their positions, and K of values.
         """
         spec = self.spec
-        rows = slice(first * spec.head_dim, end * spec.head_dim)
-        bias = layer.qkv_bias[rows] if layer.qkv_bias is not None else None
-        heads = F.linear(self._norm(x, layer.attention_norm), layer.qkv[rows], bias).view(len(x), end - first, spec.head_dim)
-        num_turned = min(end, spec.num_heads + spec.num_kv_heads) - first
+        count = linear.shape[0] // spec.head_dim
+        heads = linear(self._norm(x, layer.attention_norm)).view(len(x), count, spec.head_dim)
+        num_turned = min(first + count, spec.num_heads + spec.num_kv_heads) - first
         turned, still = heads[:, :num_turned], heads[:, num_turned:]
         if layer.qk_norm is not None:
             turned = self._norm(turned, layer.qk_norm[first : first + num_turned])
@@ -122,9 +123,9 @@ class Decoder:
 
     def _mix(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> tuple[Tensor]:
         """x [T, d], attended [T, H D] -> the layer's output [T, d]."""
-        x = torch.addmm(x, attended, layer.out.T)
-        inner = self._ops.swiglu(F.linear(self._norm(x, layer.mlp_norm), layer.gate_up))
-        return (torch.addmm(x, inner, layer.down.T),)
+        x = layer.out.added_to(x, attended)
+        inner = self._ops.swiglu(layer.gate_up(self._norm(x, layer.mlp_norm)))
+        return (layer.down.added_to(x, inner),)
 
     def _final(self, weight: Tensor, x: Tensor) -> tuple[Tensor]:
         return (self._norm(x, weight),)

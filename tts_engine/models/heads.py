@@ -22,12 +22,12 @@ class PairHead:
     @classmethod
     def of(cls, decoder: Decoder, *, plus_id: int, minus_id: int) -> "PairHead":
         """Raises ModelError where the model has no such tokens."""
-        rows = decoder.weights.lm_head
-        assert rows is not None, f"{decoder.spec.architecture} has no vocabulary head"
-        if max(plus_id, minus_id) >= len(rows):
-            raise ModelError(f"a score is read from tokens {plus_id} and {minus_id}, and the model knows {len(rows)}: its "
+        row, known = decoder.weights.head_row, decoder.spec.vocab_size
+        assert row is not None, f"{decoder.spec.architecture} has no vocabulary head"
+        if max(plus_id, minus_id) >= known:
+            raise ModelError(f"a score is read from tokens {plus_id} and {minus_id}, and the model knows {known}: its "
                              "tokenizer is another's")  # fmt: skip
-        return cls(rows[plus_id], rows[minus_id])
+        return cls(row(plus_id), row(minus_id))
 
     @torch.inference_mode()
     def __call__(self, hidden: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """From a checkpoint, in a local directory or on the hub, to a Decoder. safetensors only: no pickle, no remote code.
 
-Tensors go from the file straight to their place in the fused matrices, in bounded blocks, so that loading takes little more
-memory than the weights themselves. Without weights, a config.json is enough: RandomCheckpoint makes them up.
+Tensors go from the file straight to their place in the fused matrices, quantised on the way where they are, in bounded blocks, so
+that loading takes little more memory than the weights themselves. Without weights, a config.json is enough: RandomCheckpoint makes
+them up.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .decoder import Decoder, DecoderWeights, LayerWeights
+from .linear import ACTIVATIONS, Int8, Linear, Plain, make_linear, quantise
 from .spec import DecoderSpec
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -23,6 +27,8 @@ HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 HUB_WEIGHTS = ["*.safetensors"]
 STORED = ("F32", "F16", "BF16")  # what a conversion to the wanted dtype is meaningful for; others need scales
 BLOCK_BYTES = 16 << 20
+QUANTISED_ENTRIES = 1 << 19  # made bytes at a time, from float32
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def resolve_checkpoint(name: str | Path, load: str = "weights") -> Path:
@@ -50,11 +56,25 @@ def resolve_checkpoint(name: str | Path, load: str = "weights") -> Path:
 
 def load_decoder(source: "Path | Checkpoint", *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
                  deterministic: bool = False) -> Decoder:  # fmt: skip
-    """The decoder of a checkpoint or its directory, in `dtype` on `device`. ModelError, naming the file, for anything amiss."""
+    """The decoder of a checkpoint or its directory, in `dtype` on `device`. ModelError, naming the file, for anything amiss.
+
+    torch.int8, on a CPU only: all matrices that are multiplied with are W8A8, all else is what linear.ACTIVATIONS says.
+    """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
     with torch.inference_mode():
-        weights = _read_weights(checkpoint, checkpoint.spec, dtype, device)
+        weights = _Loading(checkpoint, dtype, device).weights()
     return Decoder(checkpoint.spec, weights, deterministic=deterministic)
+
+
+def weight_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
+    """What load_decoder leaves in memory, about: a PRM's own head is not counted."""
+    if dtype not in ACTIVATIONS:
+        return spec.num_parameters * dtype.itemsize
+    matrices = [shape for name, shape in spec.tensor_shapes.items() if len(shape) == 2 and name != EMBEDDING]
+    rest = spec.num_parameters - sum(rows * columns for rows, columns in matrices)
+    if spec.tied:
+        matrices.append((spec.vocab_size, spec.hidden_size))
+    return sum(rows * (columns + Int8.BYTES_PER_ROW) for rows, columns in matrices) + rest * ACTIVATIONS[dtype].itemsize
 
 
 class Checkpoint:
@@ -81,11 +101,13 @@ class Checkpoint:
         """All there are; None where any tensor can be had."""
         return list(self._files)
 
-    def read_into(self, name: str, destination: Tensor) -> None:
-        """Fill `destination` with the tensor `name`, converted to its dtype. Raises ModelError: missing, misshapen, damaged."""
+    def read_into(self, name: str, destination: Tensor, *, start: int = 0, total: int | None = None) -> None:
+        """Fill `destination` with the tensor `name`, converted to its dtype; with `total`, with those of its so many rows that
+        begin at `start`. Raises ModelError: missing, misshapen, damaged."""
+        shape = [len(destination) if total is None else total, *destination.shape[1:]]
         if name not in self._files:
-            raise ModelError(f"{self.directory} has no tensor {name!r}; expected one of shape {list(destination.shape)}")
-        path, shape = self._files[name], list(destination.shape)
+            raise ModelError(f"{self.directory} has no tensor {name!r}; expected one of shape {shape}")
+        path = self._files[name]
         with _opened(path) as file:
             if name not in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                 raise ModelError(f"{path} has no tensor {name!r}, which {INDEX} places there")
@@ -95,10 +117,11 @@ class Checkpoint:
             if stored.get_dtype() not in STORED:
                 raise ModelError(f"{path}: tensor {name!r} is stored as {stored.get_dtype()}, expected one of {', '.join(STORED)}")
         rows = max(1, BLOCK_BYTES * len(destination) // destination.nbytes)
-        for start in range(0, len(destination), rows):
+        for block in destination.split(rows):
             # The file is mapped into memory, and what was read of it counts as ours until it is closed: open it anew per block.
             with _opened(path) as file:
-                destination[start : start + rows].copy_(file.get_slice(name)[start : start + rows])
+                block.copy_(file.get_slice(name)[start : start + len(block)])
+            start += len(block)
 
     def _find_tensors(self) -> dict[str, Path]:
         index, single = self.directory / INDEX, self.directory / SINGLE
@@ -126,8 +149,8 @@ class Checkpoint:
 class RandomCheckpoint(Checkpoint):
     """A directory's config with weights made up where they are wanted, for runs whose text does not matter.
 
-    A tensor's values hang on its name, shape, dtype and kind of device alone. Norms are 1, biases 0, and a matrix's entries normal
-    with variance 1 / columns, so that what goes through it keeps its size.
+    A tensor's values hang on its name, shape, dtype and kind of device alone, and on the row that is asked for first. Norms are 1,
+    biases 0, and a matrix's entries normal with variance 1 / columns, so that what goes through it keeps its size.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -138,11 +161,12 @@ class RandomCheckpoint(Checkpoint):
     def tensor_names(self) -> None:
         return None
 
-    def read_into(self, name: str, destination: Tensor) -> None:
+    def read_into(self, name: str, destination: Tensor, *, start: int = 0, total: int | None = None) -> None:
         if destination.dim() == 1:
             destination.fill_(0.0 if name.endswith(".bias") else 1.0)
             return
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
+        place = f"{name} {start}" if start else name
+        seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "little", signed=True)
         random = torch.Generator(destination.device).manual_seed(seed)
         destination.normal_(std=destination.shape[1] ** -0.5, generator=random)
 
@@ -150,46 +174,111 @@ class RandomCheckpoint(Checkpoint):
 SOURCES = {"weights": Checkpoint, "random": RandomCheckpoint}  # by EngineConfig.load
 
 
-def _read_weights(checkpoint: Checkpoint, spec: DecoderSpec, dtype: torch.dtype, device: torch.device | str) -> DecoderWeights:
-    shapes = spec.tensor_shapes
+class _Loading:
+    """One reading of a checkpoint, of every tensor that its spec names once."""
 
-    def read(*names: str) -> Tensor:
-        """One tensor of the named ones, stacked along dimension 0."""
-        parts = [shapes.pop(name) for name in names]
-        rows = [part[0] for part in parts]
-        try:
-            whole = torch.empty(sum(rows), *parts[0][1:], dtype=dtype, device=device)
-        except (RuntimeError, MemoryError) as error:
-            raise ModelError(f"{checkpoint.directory}: its weights, {spec.num_parameters * dtype.itemsize} bytes in all, cannot be "
-                             f"held on {device}: {_first_line(error)}") from error  # fmt: skip
-        for name, part in zip(names, whole.split(rows), strict=True):
-            checkpoint.read_into(name, part)
-        return whole
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.checkpoint, self.spec, self.device = checkpoint, checkpoint.spec, device
+        self.dtype, self.wide = dtype, ACTIVATIONS.get(dtype, dtype)
+        self.shapes = self.spec.tensor_shapes
 
-    def layer(i: int) -> LayerWeights:
-        at = f"model.layers.{i}."
+    def weights(self) -> DecoderWeights:
+        embedding = self.read(EMBEDDING)
+        lm_head = self.lm_head(embedding)  # the largest matrix, while there is room beside it for what it is made from
+        layers = [self.layer(i) for i in range(self.spec.num_layers)]
+        norm = self.read("model.norm.weight")
+        assert not self.shapes, f"nothing reads {', '.join(self.shapes)}"
+
+        def head_row(token: int) -> Tensor:
+            if self.spec.tied:
+                return embedding[token]
+            row = torch.empty(1, self.spec.hidden_size, dtype=self.wide, device=self.device)
+            self.checkpoint.read_into(LM_HEAD, row, start=token, total=self.spec.vocab_size)
+            return row[0]
+
+        return DecoderWeights(embedding=embedding, layers=layers, norm=norm, lm_head=lm_head,
+                              head_row=head_row if self.spec.lm_head else None)  # fmt: skip
+
+    def layer(self, i: int) -> LayerWeights:
+        spec, at = self.spec, f"model.layers.{i}."
         attention, mlp = at + "self_attn.", at + "mlp."
-        qkv = [f"{attention}{part}_proj" for part in "qkv"]
+        parts = ("q", "kv") if i == spec.num_layers - 1 else ("qkv",)
         return LayerWeights(
-            attention_norm=read(at + "input_layernorm.weight"),
-            qkv=read(*(f"{name}.weight" for name in qkv)),
-            qkv_bias=read(*(f"{name}.bias" for name in qkv)) if spec.qkv_bias else None,
-            qk_norm=torch.cat((read(attention + "q_norm.weight").expand(spec.num_heads, -1),
-                               read(attention + "k_norm.weight").expand(spec.num_kv_heads, -1))) if spec.qk_norm else None,
-            out=read(attention + "o_proj.weight"),
-            mlp_norm=read(at + "post_attention_layernorm.weight"),
-            gate_up=read(mlp + "gate_proj.weight", mlp + "up_proj.weight"),
-            down=read(mlp + "down_proj.weight"),
+            attention_norm=self.read(at + "input_layernorm.weight"),
+            heads=tuple(self.linear(*(f"{attention}{head}_proj" for head in part), bias=spec.qkv_bias) for part in parts),
+            qk_norm=torch.cat((self.read(attention + "q_norm.weight").expand(spec.num_heads, -1),
+                               self.read(attention + "k_norm.weight").expand(spec.num_kv_heads, -1))) if spec.qk_norm else None,
+            out=self.linear(attention + "o_proj"),
+            mlp_norm=self.read(at + "post_attention_layernorm.weight"),
+            gate_up=self.linear(mlp + "gate_proj", mlp + "up_proj"),
+            down=self.linear(mlp + "down_proj"),
         )  # fmt: skip
 
-    embedding = read("model.embed_tokens.weight")
-    layers = [layer(i) for i in range(spec.num_layers)]
-    norm = read("model.norm.weight")
-    lm_head = None
-    if spec.lm_head:
-        lm_head = embedding if spec.tied else read("lm_head.weight")
-    assert not shapes, f"nothing reads {', '.join(shapes)}"
-    return DecoderWeights(embedding=embedding, layers=layers, norm=norm, lm_head=lm_head)
+    def lm_head(self, embedding: Tensor) -> Linear | None:
+        """Where tied, a copy in bytes is half of the embedding again, for a product several times as fast; a packed one would be
+        all of it again, for a product a tenth to a third faster."""
+        if not self.spec.lm_head:
+            return None
+        if not self.spec.tied:
+            return self.linear("lm_head")
+        if self.dtype != torch.int8:
+            return Plain(embedding)
+        step = max(1, QUANTISED_ENTRIES // self.spec.hidden_size)
+        blocks = (rows.to(torch.float32, copy=True) for rows in embedding.split(step))
+        return self.quantised(self.spec.vocab_size, self.spec.hidden_size, blocks)
+
+    def linear(self, *names: str, bias: bool = False) -> Linear:
+        """The named modules as one matrix, stacked along dimension 0."""
+        added = self.read(*(f"{name}.bias" for name in names)) if bias else None
+        weights = [f"{name}.weight" for name in names]
+        if self.dtype == torch.int8:
+            rows, columns = sum(self.shapes[name][0] for name in weights), self.shapes[weights[0]][1]
+            return self.quantised(rows, columns, self.blocks(*weights), added)
+        whole = self.read(*weights)
+        with self.room():
+            return make_linear(whole, added)
+
+    def quantised(self, rows: int, columns: int, blocks: Iterator[Tensor], bias: Tensor | None = None) -> Linear:
+        """blocks: float32, the rows in their order."""
+        with self.room():
+            weight, scales = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows)
+        start = 0
+        for block in blocks:
+            end = start + len(block)
+            quantise(block, weight[start:end], scales[start:end])
+            start = end
+        with self.room():
+            return Int8(weight, scales, bias)
+
+    def blocks(self, *names: str) -> Iterator[Tensor]:
+        """The rows of the named tensors, float32, a few at a time."""
+        for name in names:
+            total, columns = self.shapes.pop(name)
+            step = max(1, QUANTISED_ENTRIES // columns)
+            for start in range(0, total, step):
+                block = torch.empty(min(step, total - start), columns)
+                self.checkpoint.read_into(name, block, start=start, total=total)
+                yield block
+
+    def read(self, *names: str) -> Tensor:
+        """One tensor of the named ones, stacked along dimension 0."""
+        parts = [self.shapes.pop(name) for name in names]
+        rows = [part[0] for part in parts]
+        with self.room():
+            whole = torch.empty(sum(rows), *parts[0][1:], dtype=self.wide, device=self.device)
+        for name, part in zip(names, whole.split(rows), strict=True):
+            self.checkpoint.read_into(name, part)
+        return whole
+
+    @contextmanager
+    def room(self) -> Iterator[None]:
+        """Where memory is asked for."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            size = weight_bytes(self.spec, self.dtype)
+            raise ModelError(f"{self.checkpoint.directory}: its weights, {size} bytes in all, cannot be held on {self.device}: "
+                             f"{_first_line(error)}") from error  # fmt: skip
 
 
 def _opened(path: Path) -> Any:

@@ -1,0 +1,137 @@
+"""The matrices of a decoder: rows in, rows times W^T out. What a matrix is kept as is decided once, at load, by its shape.
+
+GFLOP/s on one core of a Xeon (Sapphire Rapids, AMX off) at 1 / 4 / 16 / 64 rows, W 9728 x 896; the others differ by a tenth:
+float32 7 / 13 / 45 / 102, packed 7 / 23 / 60 / 116; bfloat16 8 / 25 / 51 / 73, packed 10 / 33 / 62 / 78; bytes through
+`torch._int_mm` 20 / 46 / 153 / 362, through oneDNN 24 / 87 / 201 / 420.
+"""
+
+from functools import cache
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Entries from which a packed matrix was faster at every number of rows, or as fast. Below, in float32, the call alone costs more
+# than the product, and others have met small matrices that a packed layout slows down a hundredfold.
+PACKED_FROM = {torch.float32: 1 << 21, torch.bfloat16: 1 << 19}
+PACKED_FOR = 32  # rows that the layout is chosen for; any number can be multiplied
+ACTIVATIONS = {torch.int8: torch.bfloat16}  # what flows between matrices where it is not what they are made of
+LEAST = 1e-30  # the smallest peak of a row: its quotient is finite
+FLOAT_ROWS = 1024  # rows of bytes that are made floats at a time, where only floats can be multiplied
+
+
+class Linear(Protocol):
+    """W [N, K], and where there is one a bias [N]."""
+
+    shape: tuple[int, int]  # N, K
+
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x [T, K] -> x W^T + bias [T, N], in x's dtype or the given one."""
+        ...
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual [T, N] + x W^T, rounded once. Only of a matrix without bias."""
+        ...
+
+
+class Plain:
+    """The definition, on any device."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.shape = (len(weight), weight.shape[1])
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return F.linear(x, self.weight, self.bias).to(dtype or x.dtype)
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return torch.addmm(residual, x, self.weight.T)
+
+
+class Packed:
+    """The weights in the order in which oneDNN's kernel reads them. The tensor they came from is not kept."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.shape = (len(weight), weight.shape[1])
+        self._weight, self._bias = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR), bias
+
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "").to(dtype or x.dtype)
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, None, "add")
+
+
+class Int8:
+    """W8A8: a scale for each row of W, made at load, and one for each row of x, made when it comes: its peak / 127.
+
+    Products of bytes are summed as integers, and every rounding after that is of one element: a row's bits depend on that row
+    alone. oneDNN takes one scale for all of x, so rows are scaled afterwards. Its x is unsigned (signed bytes fall into a loop
+    that is a thousand times slower), so 128 is added to x and taken off again through the sums of W's rows; told of the 128, it
+    would work these out in every call.
+    """
+
+    BYTES_PER_ROW = 16  # of W, beside its own bytes
+
+    def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
+        """weight int8 [N, K] and scales float32 [N], as `quantise` writes them."""
+        self.shape = (len(weight), weight.shape[1])
+        self._scales, self._bias = scales, bias.float() if bias is not None else None
+        self._offsets = -128 * scales * weight.sum(1)
+        self._no_zeros = torch.zeros(len(weight), dtype=torch.int64)
+        # Without VNNI old processors add pairs of products in 16 bits that cannot hold them.
+        self._exact = multiplies_bytes() and self.shape[1] * 255 * 127 < 1 << 31
+        self._weight = torch.ops.onednn.qlinear_prepack(weight, None) if self._exact else weight
+
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        out = self._times(x)
+        if self._bias is not None:
+            out += self._bias
+        return out.to(dtype or x.dtype)
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return self._times(x).add_(residual).to(residual.dtype)
+
+    def _times(self, x: Tensor) -> Tensor:
+        peaks = x.abs().amax(1, keepdim=True).float().clamp_min_(LEAST)
+        bytes_ = (x * (127 / peaks)).add_(128.5).to(torch.uint8)  # 1 to 255; a byte is made by leaving the fraction out
+        if self._exact:
+            out = torch.ops.onednn.qlinear_pointwise(bytes_, 1.0, 0, self._weight, self._scales, self._no_zeros, self._offsets,
+                                                     1.0, 0, torch.float32, "none", [], "")  # fmt: skip
+        else:
+            centred = bytes_.float() - 128
+            out = torch.cat([F.linear(centred, rows.float()) for rows in self._weight.split(FLOAT_ROWS)], 1) * self._scales
+        return out.mul_(peaks / 127)
+
+
+def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """The fastest form of a float32 or bfloat16 matrix."""
+    return Packed(weight, bias) if _packs(weight) else Plain(weight, bias)
+
+
+def quantise(rows: Tensor, out: Tensor, scales: Tensor) -> None:
+    """Write float32 rows [R, K], which are spoilt, to `out` int8 [R, K] and `scales` [R]: of a row, its peak / 127."""
+    torch.amax(rows.abs(), 1, out=scales)
+    scales.clamp_min_(LEAST).div_(127)
+    out.copy_(rows.div_(scales[:, None]).round_())
+
+
+def _packs(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or weight.numel() < PACKED_FROM[weight.dtype]:
+        return False
+    return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@cache
+def multiplies_bytes() -> bool:
+    """Whether oneDNN multiplies bytes on this processor without losing any of it."""
+    weight = torch.full((64, 64), 127, dtype=torch.int8)
+    ones, zeros = torch.ones(64), torch.zeros(64, dtype=torch.int64)
+    try:
+        out = torch.ops.onednn.qlinear_pointwise(torch.full((64, 64), 255, dtype=torch.uint8), 1.0, 0,
+                                                 torch.ops.onednn.qlinear_prepack(weight, None), ones, zeros, None, 1.0, 0,
+                                                 torch.float32, "none", [], "")  # fmt: skip
+    except (AttributeError, RuntimeError):  # a build of PyTorch, or a processor, that has no such product
+        return False
+    return bool((out == 64 * 255 * 127).all())
