@@ -37,7 +37,7 @@ from .tasks.problems import Problem
 from .tasks.prompts import messages
 
 Failed = Callable[[Problem, EngineError], None]  # who is told of a problem that cannot be searched to its end
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 MOST_ROWS = 1 << 16
 
@@ -46,6 +46,7 @@ MOST_ROWS = 1 << 16
 class EngineConfig:
     """Everything about an engine that is not a model.
 
+    dtype: of weights, activations, keys and values; "int8", on a CPU only: bytes multiplied with bytes, all else bfloat16.
     kv_bytes: keys and values of both models together; each gets room for as many tokens. block_size: tokens a block; 4 or 8
     where steps are a dozen tokens. max_rows: draws decoded side by side. max_step_tokens, max_tokens: where a step and a
     whole solution are cut. system: a system message, "" for none; None asks as the policy's family is used to, see
@@ -75,6 +76,8 @@ class EngineConfig:
             raise EngineError(f"load={self.load!r} is unknown; known: {', '.join(SOURCES)}")
         if self.dtype not in DTYPES:
             raise EngineError(f"no dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+        if self.dtype == "int8" and self.device != "cpu":
+            raise EngineError(f"dtype int8 runs on a CPU only, not on {self.device}: use bfloat16")
         check_mode(self.steps)
         for name in ("kv_bytes", "block_size", "max_rows", "max_step_tokens", "max_tokens"):
             if getattr(self, name) < 1:
@@ -88,6 +91,16 @@ class EngineConfig:
         if self.backend is not None or self.device == "cpu":
             return self.backend or "native"
         return "reference" if self.deterministic else "per_branch"
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """One problem that can be searched. opening: the PRM's token ids before the first step; none where no PRM takes part."""
+
+    problem: Problem
+    prompt: list[int]
+    opening: list[int]
+    limits: Limits
 
 
 @dataclass(slots=True, eq=False)
@@ -130,7 +143,7 @@ class Engine:
         for backend, checkpoint in zip(backends, checkpoints, strict=True):
             refuse_windows(backend, checkpoint.spec.windows, str(checkpoint.directory))
         decoders = [load_decoder(c, dtype=dtype, device=device, deterministic=config.deterministic) for c in checkpoints]
-        token_bytes_each = [decoder.spec.kv_bytes_per_token(dtype) for decoder in decoders]
+        token_bytes_each = [decoder.spec.kv_bytes_per_token(decoder.dtype) for decoder in decoders]
         num_blocks = config.kv_bytes // sum(token_bytes_each) // config.block_size
         if num_blocks < 1:
             raise EngineError(f"kv_bytes={config.kv_bytes} holds no block of {config.block_size} tokens: one takes "
@@ -180,19 +193,18 @@ class Engine:
         """
         if method.uses_prm and self.scorer is None:
             raise EngineError(f"{method.name} needs a PRM and this engine has none: give prm=")
-        prompts = [(problem, self._prompt(problem, method)) for problem in as_problems(problems)]
-        return self._stream(prompts, method, seed, failed)
+        prepared = [self._prepare(problem, method) for problem in as_problems(problems)]
+        return self._stream(prepared, method, seed, failed)
 
-    def _stream(self, prompts: list[tuple[Problem, list[int]]], method: Method, seed: int,
-                failed: Failed | None) -> Iterator[SearchResult]:  # fmt: skip
+    def _stream(self, prepared: list[_Prepared], method: Method, seed: int, failed: Failed | None) -> Iterator[SearchResult]:
         if self._searching:
             raise EngineError("this engine is searching already: exhaust or close that iterator first, or make a second engine")
         self._searching = True
-        waiting, running = deque(prompts), list[_Search]()
+        waiting, running = deque(prepared), list[_Search]()
         try:
             while waiting or running:
                 while waiting and self.policy.num_open < self.config.max_rows:
-                    running.append(self._start(*waiting.popleft(), method, seed))
+                    running.append(self._start(waiting.popleft(), method, seed))
                     self._pass_on(running[-1])
                 self._tick()
                 for search in list(running):
@@ -230,8 +242,8 @@ class Engine:
                     assert self.scorer is not None and search.scoring is not None, "stream() refuses a method that lacks its PRM"
                     self.scorer.submit(search.scoring, ask)
 
-    def _prompt(self, problem: Problem, method: Method) -> list[int]:
-        """The prompt's token ids, once it is certain that the search can run."""
+    def _prepare(self, problem: Problem, method: Method) -> _Prepared:
+        """What a search starts from, once it is certain that it can run."""
         runner, config = self.policy.runner, self.config
         system, user = messages(problem.problem, chat_template(self.tokenizer), config.system)
         ids = encode_prompt(self.tokenizer, user, system)
@@ -243,54 +255,46 @@ class Engine:
         if len(ids) >= positions:
             raise EngineError(f"problem {problem.id} has a prompt of {len(ids)} tokens and the policy {positions} positions: "
                               "shorten it")  # fmt: skip
-        room = min(self._most_tokens(problem, method), positions - len(ids), config.max_step_tokens * method.max_steps)
+        opening, max_tokens, markers = list[int](), config.max_tokens, 0
+        if method.uses_prm:
+            assert self.scorer is not None, "stream() refuses a method that lacks its PRM"
+            opening, markers = self.scorer.spec.opening(problem.problem), len(self.scorer.spec.step("", False)) * method.max_steps
+            # A solution is cut so that the PRM, too, has positions for it; its tokens taken for as many as the policy's.
+            prm_positions = self.scorer.runner.decoder.spec.max_positions
+            max_tokens = min(max_tokens, prm_positions - len(opening) - markers)
+            if max_tokens < 1:
+                raise EngineError(f"problem {problem.id} takes {len(opening)} tokens as the PRM reads it, and the PRM's "
+                                  f"{prm_positions} positions leave no room for a solution: shorten it, or take another "
+                                  "PRM")  # fmt: skip
+        room = min(max_tokens, positions - len(ids), config.max_step_tokens * method.max_steps)
         runner.refuse_unless_fits(f"problem {problem.id}", len(ids), room, method.max_steps)
-        if method.uses_prm and self.scorer is not None:
-            tokens = room + self._marker_tokens(method)
-            opening = len(self.scorer.spec.opening(problem.problem))
-            self.scorer.runner.refuse_unless_fits(f"problem {problem.id} in the PRM", opening, tokens, method.max_steps)
-        return ids
+        if self.scorer is not None and method.uses_prm:
+            self.scorer.runner.refuse_unless_fits(
+                f"problem {problem.id} in the PRM", len(opening), room + markers, method.max_steps
+            )
+        limits = Limits(max_step_tokens=config.max_step_tokens, max_tokens=max_tokens, max_positions=positions)
+        return _Prepared(problem, ids, opening, limits)
 
-    def _most_tokens(self, problem: Problem, method: Method) -> int:
-        """Where a solution is cut so that the PRM, too, has positions for it; its tokens taken for as many as the policy's."""
-        if not method.uses_prm or self.scorer is None:
-            return self.config.max_tokens
-        opening, positions = len(self.scorer.spec.opening(problem.problem)), self.scorer.runner.decoder.spec.max_positions
-        room = positions - opening - self._marker_tokens(method)
-        if room < 1:
-            raise EngineError(f"problem {problem.id} takes {opening} tokens as the PRM reads it, and the PRM's {positions} "
-                              "positions leave no room for a solution: shorten it, or take another PRM")  # fmt: skip
-        return min(self.config.max_tokens, room)
-
-    def _marker_tokens(self, method: Method) -> int:
-        """What the PRM's family writes around the steps of one solution, at most."""
-        assert self.scorer is not None
-        return len(self.scorer.spec.step("", False)) * method.max_steps
-
-    def _start(self, problem: Problem, prompt: list[int], method: Method, seed: int) -> _Search:
-        config, ledger, nodes = self.config, Ledger.empty(), dict[int, Branch]()
+    def _start(self, prepared: _Prepared, method: Method, seed: int) -> _Search:
+        config, ledger, nodes, problem = self.config, Ledger.empty(), dict[int, Branch](), prepared.problem
 
         def record(branch: Branch) -> None:
             nodes[branch.identity] = branch
 
-        driver = Driver(method.program(root_branch(prompt, problem.problem)))
-        positions = self.policy.runner.decoder.spec.max_positions
+        driver = Driver(method.program(root_branch(prepared.prompt, problem.problem)))
         drawing = DrawContext(
             driver=driver,
             sampling=Sampling(temperature=method.temperature, top_k=config.top_k, top_p=config.top_p),
             key=philox_key(seed, problem.id),
-            limits=Limits(
-                max_step_tokens=config.max_step_tokens, max_tokens=self._most_tokens(problem, method), max_positions=positions
-            ),
+            limits=prepared.limits,
             max_steps=method.max_steps,
-            prompt_tokens=len(prompt),
+            prompt_tokens=len(prepared.prompt),
             ledger=ledger.policy,
             drawn=record,
         )
         scoring = None
-        if method.uses_prm and self.scorer is not None:
-            opening = self.scorer.spec.opening(problem.problem)
-            scoring = ScoreContext(driver=driver, opening=opening, ledger=ledger.prm, scored=record)
+        if method.uses_prm:
+            scoring = ScoreContext(driver=driver, opening=prepared.opening, ledger=ledger.prm, scored=record)
         return _Search(problem, driver, drawing, scoring, nodes, ledger, time.perf_counter())
 
     def _abandon(self, search: _Search) -> None:
