@@ -20,7 +20,7 @@ FLOORS = {
     6: {"steps", "policy", "prm"},
     7: {"engine", "tasks", "results"},
     8: {"strategy", "report", "embedded"},
-    9: {"runs", "score", "rescore", "demo", "cli", "__main__"},
+    9: {"runs", "score", "rescore", "demo", "bench", "cli", "__main__"},
     10: {"", "testing"},  # the package's own face, and the doubles
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
@@ -32,7 +32,8 @@ NEIGHBOURS = {
     ("runner", "graphs"), ("runner", "sampling"), ("policy", "steps"),
     ("engine", "results"), ("engine", "tasks"), ("results", "tasks"),
     ("score", "runs"), ("rescore", "runs"), ("rescore", "score"), ("demo", "runs"),
-    ("cli", "runs"), ("cli", "score"), ("cli", "rescore"), ("cli", "demo"), ("__main__", "cli"),
+    ("cli", "runs"), ("cli", "score"), ("cli", "rescore"), ("cli", "demo"), ("cli", "bench"),
+    ("__main__", "cli"),
 }  # fmt: skip
 
 
@@ -109,3 +110,11 @@ def test_search_brings_no_torch():
     modules = sorted(module_name(path) for path in (PACKAGE / "search").glob("*.py"))
     command = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], cwd=ROOT).returncode == 0
+
+
+def test_kernels_know_tensors_only():
+    for path in (ROOT / "kernels").glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        origins = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        origins += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+        assert {origin.split(".")[0] for origin in origins} - sys.stdlib_module_names <= {"torch", "triton"}, path.name

@@ -1,5 +1,6 @@
 """What a user installs and what must never be in it."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -51,9 +52,23 @@ def test_the_extension_says_how_to_build_it_where_it_is_missing():
     assert out.returncode != 0 and "pip install -e ." in out.stderr.splitlines()[-1]
 
 
-def test_kernels_is_no_package():
-    """transformers looks for a distribution called `kernels`; an importable folder of that name would break its imports."""
+def test_kernels_go_by_another_name_and_are_no_package():
+    """transformers looks for a distribution called `kernels`; an importable package of that name would break its imports."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+    setup = ast.parse((ROOT / "setup.py").read_text())
+    (mapping,) = [word.value for word in ast.walk(setup) if isinstance(word, ast.keyword) and word.arg == "package_dir"]
+    assert ast.literal_eval(mapping) == {"tts_kernels": "kernels"}
+    command = "import sys; from transformers.utils import is_kernels_available; sys.exit(is_kernels_available())"
+    out = python("-c", command)
+    assert out.returncode == 0, out.stderr
+
+
+def test_triton_comes_with_the_gpu_extra_alone():
+    """The CPU library does without, and nothing imports the kernels before a GPU's backend is asked for."""
+    assert "triton" not in {Requirement(line).name for line in CONFIG["project"]["dependencies"]}
+    assert [Requirement(line).name for line in CONFIG["project"]["optional-dependencies"]["gpu"]] == ["triton"]
+    out = python("-c", "import sys, tts_engine.engine; sys.exit('tts_kernels' in sys.modules)")
+    assert out.returncode == 0, out.stderr
 
 
 @pytest.mark.parametrize("words", ["trust_remote_code=True", "import pickle", "torch.load(", "yaml.load("])

@@ -10,13 +10,13 @@ def test_make_backend_knows_its_backends_by_name(name):
 
 
 def test_an_unknown_backend_is_named_with_the_known_ones():
-    with pytest.raises(EngineError, match=r"'flash'.*native, per_branch, reference"):
+    with pytest.raises(EngineError, match=r"'flash'.*native, per_branch, reference, triton_tree"):
         make_backend("flash")
 
 
 @pytest.mark.parametrize("name", sorted(BACKENDS))
 def test_a_window_is_refused_by_name_by_backends_without_it(name):
-    backend = make_backend(name)
+    backend = make_backend(name, BACKENDS[name].devices[0])
     refuse_windows(backend, (None, None), "some/model")
     if backend.has_windows:
         refuse_windows(backend, (None, 4096), "some/model")

@@ -9,8 +9,9 @@ from .base import AttentionBackend
 from .native import NativeAttention
 from .per_branch import PerBranchAttention
 from .reference import ReferenceAttention
+from .triton_tree import TritonTreeAttention
 
-BACKENDS = {backend.name: backend for backend in (ReferenceAttention, PerBranchAttention, NativeAttention)}
+BACKENDS = {backend.name: backend for backend in (ReferenceAttention, PerBranchAttention, NativeAttention, TritonTreeAttention)}
 
 
 def make_backend(name: str, device: torch.device | str = "cpu", *, deterministic: bool = False) -> AttentionBackend:
