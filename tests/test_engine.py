@@ -376,7 +376,7 @@ def test_a_pool_without_a_single_block_is_refused(models):
 
 @pytest.mark.parametrize(
     ("setting", "complaint"),
-    [({"dtype": "int8"}, "no dtype 'int8'"), ({"max_rows": 0}, "max_rows=0"), ({"backend": "fast"}, "fast"),
+    [({"dtype": "int3"}, "no dtype 'int3'"), ({"max_rows": 0}, "max_rows=0"), ({"backend": "fast"}, "fast"),
      ({"deterministic": True, "backend": "per_branch"}, "not batch-invariant"), ({"rows": 3}, "rows")],
     ids=str,
 )  # fmt: skip

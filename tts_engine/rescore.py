@@ -55,7 +55,7 @@ def load_scorer(prm: Path, config: EngineConfig) -> Scorer:
     refuse_windows(backend, checkpoint.spec.windows, str(prm))
     dtype = DTYPES[config.dtype]
     decoder = load_decoder(checkpoint, dtype=dtype, device=config.device, deterministic=config.deterministic)
-    block_bytes = decoder.spec.kv_bytes_per_token(dtype) * config.block_size
+    block_bytes = decoder.spec.kv_bytes_per_token(decoder.dtype) * config.block_size
     if config.kv_bytes < block_bytes:
         raise EngineError(f"kv_bytes={config.kv_bytes} holds no block of {config.block_size} tokens: one takes {block_bytes} bytes")
     runner = ModelRunner(decoder, backend, num_blocks=config.kv_bytes // block_bytes, block_size=config.block_size)

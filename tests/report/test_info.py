@@ -39,7 +39,12 @@ def test_a_directory_and_a_config_are_read_alike(configs):
     directory, _ = configs
     by_directory, by_file = info.model("it", directory), info.model("it", directory / "config.json")
     assert by_directory == by_file and by_file["parameters"] == 494_032_768
-    assert by_file["weight_bytes"] == {"float32": 4 * 494_032_768, "bfloat16": 2 * 494_032_768}
+    # In int8 a byte for every entry and 16 for every row of the layers' matrices and of the lm_head; the embedding, 49 norms and
+    # the biases of 24 layers in bfloat16.
+    entries, rows = 24 * 896 * (1152 + 896 + 9728 + 4864) + 151936 * 896, 24 * (1152 + 896 + 9728 + 896) + 151936
+    rest = 151936 * 896 + 49 * 896 + 24 * 1152
+    int8 = entries + 16 * rows + 2 * rest
+    assert by_file["weight_bytes"] == {"float32": 4 * 494_032_768, "bfloat16": 2 * 494_032_768, "int8": int8}
 
 
 @pytest.mark.parametrize(("memory", "tokens"), [
@@ -71,7 +76,9 @@ def test_without_a_memory_the_weights_are_told_and_nothing_is_said_of_room(capsy
     code, out, _ = run(capsys, "info", "--policy", configs[0], "--json")
     assert code == 0 and "988 M" in out and "KV tokens" not in out
     nothing = {"fits": None, "kv_tokens": None}
-    dtypes = {name: {"weight_bytes": size * 494_032_768} | nothing for name, size in (("float32", 4), ("bfloat16", 2))}
+    sizes = info.model("it", configs[0])["weight_bytes"]
+    assert list(sizes) == ["float32", "bfloat16", "int8"] and sizes["float32"] == 4 * 494_032_768
+    dtypes = {name: {"weight_bytes": size} | nothing for name, size in sizes.items()}
     assert json.loads(out.splitlines()[-1])["room"] == {"memory_bytes": None, "dtypes": dtypes}
 
 

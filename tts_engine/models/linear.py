@@ -16,7 +16,6 @@ from torch import Tensor
 # than the product, and others have met small matrices that a packed layout slows down a hundredfold.
 PACKED_FROM = {torch.float32: 1 << 21, torch.bfloat16: 1 << 19}
 PACKED_FOR = 32  # rows that the layout is chosen for; any number can be multiplied
-ACTIVATIONS = {torch.int8: torch.bfloat16}  # what flows between matrices where it is not what they are made of
 LEAST = 1e-30  # the smallest peak of a row: its quotient is finite
 FLOAT_ROWS = 1024  # rows of bytes that are made floats at a time, where only floats can be multiplied
 
@@ -103,6 +102,11 @@ class Int8:
             centred = bytes_.float() - 128
             out = torch.cat([F.linear(centred, rows.float()) for rows in self._weight.split(FLOAT_ROWS)], 1) * self._scales
         return out.mul_(peaks / 127)
+
+
+def activations(dtype: torch.dtype) -> torch.dtype:
+    """What flows between matrices of this dtype, and is kept as keys and values."""
+    return torch.bfloat16 if dtype == torch.int8 else dtype
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:

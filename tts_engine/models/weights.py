@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .decoder import Decoder, DecoderWeights, LayerWeights
-from .linear import ACTIVATIONS, Int8, Linear, Plain, make_linear, quantise
+from .linear import Int8, Linear, Plain, activations, make_linear, quantise
 from .spec import DecoderSpec
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -58,7 +58,7 @@ def load_decoder(source: "Path | Checkpoint", *, dtype: torch.dtype = torch.floa
                  deterministic: bool = False) -> Decoder:  # fmt: skip
     """The decoder of a checkpoint or its directory, in `dtype` on `device`. ModelError, naming the file, for anything amiss.
 
-    torch.int8, on a CPU only: all matrices that are multiplied with are W8A8, all else is what linear.ACTIVATIONS says.
+    torch.int8, on a CPU only: all matrices that are multiplied with are W8A8, all else is of linear.activations.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
     with torch.inference_mode():
@@ -68,13 +68,13 @@ def load_decoder(source: "Path | Checkpoint", *, dtype: torch.dtype = torch.floa
 
 def weight_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
     """What load_decoder leaves in memory, about: a PRM's own head is not counted."""
-    if dtype not in ACTIVATIONS:
+    if dtype != torch.int8:
         return spec.num_parameters * dtype.itemsize
     matrices = [shape for name, shape in spec.tensor_shapes.items() if len(shape) == 2 and name != EMBEDDING]
     rest = spec.num_parameters - sum(rows * columns for rows, columns in matrices)
     if spec.tied:
         matrices.append((spec.vocab_size, spec.hidden_size))
-    return sum(rows * (columns + Int8.BYTES_PER_ROW) for rows, columns in matrices) + rest * ACTIVATIONS[dtype].itemsize
+    return sum(rows * (columns + Int8.BYTES_PER_ROW) for rows, columns in matrices) + rest * activations(dtype).itemsize
 
 
 class Checkpoint:
@@ -179,7 +179,7 @@ class _Loading:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str) -> None:
         self.checkpoint, self.spec, self.device = checkpoint, checkpoint.spec, device
-        self.dtype, self.wide = dtype, ACTIVATIONS.get(dtype, dtype)
+        self.dtype, self.wide = dtype, activations(dtype)
         self.shapes = self.spec.tensor_shapes
 
     def weights(self) -> DecoderWeights:

@@ -12,13 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import ModelError
+from ..models.linear import activations
 from ..models.spec import DecoderSpec
-from ..models.weights import read_json
+from ..models.weights import read_json, weight_bytes
 from .text import harmless, short
 from .versions import package_version
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton", "math-verify", "matplotlib")
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
 
 
@@ -56,8 +57,8 @@ def model(name: str, path: Path | None) -> dict[str, Any]:
         "heads": spec.num_heads,
         "kv_heads": spec.num_kv_heads,
         "positions": spec.max_positions,
-        "weight_bytes": {_name(dtype): spec.num_parameters * dtype.itemsize for dtype in DTYPES},
-        "kv_bytes_per_token": {_name(dtype): spec.kv_bytes_per_token(dtype) for dtype in DTYPES},
+        "weight_bytes": {_name(dtype): weight_bytes(spec, dtype) for dtype in DTYPES},
+        "kv_bytes_per_token": {_name(dtype): spec.kv_bytes_per_token(activations(dtype)) for dtype in DTYPES},
         "flops_per_token": spec.flops_per_token,
         "flops_per_logits": spec.lm_head_flops if spec.lm_head else 0,
         "flops_per_attended_token": spec.attention_flops_per_pair,
@@ -99,7 +100,7 @@ def model_table(models: list[dict[str, Any]]) -> Table:
     for i, heading in enumerate(headings):
         shown.add_column(heading, justify="right" if i else "left", no_wrap=i > 0, overflow="fold", vertical="bottom")
     for model in models:
-        kv = " / ".join(short(size) for size in model["kv_bytes_per_token"].values())
+        kv = " / ".join(short(model["kv_bytes_per_token"][dtype]) for dtype in ("float32", "bfloat16"))
         flops = [short(model[f"flops_per_{what}"]) for what in ("token", "logits", "attended_token")]
         sizes = [short(model["parameters"]), *(str(model[size]) for size in ("layers", "hidden_size"))]
         sizes.append(f"{model['heads']} / {model['kv_heads']}")

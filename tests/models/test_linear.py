@@ -1,0 +1,178 @@
+"""Every form of a matrix against the product in float64, with bounds that follow from how it rounds."""
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from tts_engine.models import linear
+from tts_engine.models.linear import Int8, Packed, Plain, make_linear, multiplies_bytes, quantise
+
+SHAPES = [(1, 1), (1, 7), (7, 1), (33, 64), (97, 48), (129, 257), (301, 350)]  # N, K
+ROWS = [0, 1, 5, 33]
+needs_packing = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+needs_bf16 = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here")
+FORMS = [
+    pytest.param(Plain, torch.float32, id="plain-float32"),
+    pytest.param(Plain, torch.bfloat16, id="plain-bfloat16"),
+    pytest.param(Packed, torch.float32, id="packed-float32", marks=needs_packing),
+    pytest.param(Packed, torch.bfloat16, id="packed-bfloat16", marks=[needs_packing, needs_bf16]),
+]
+
+
+def drawn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def int8_of(weight, bias=None):
+    """An Int8 and the matrix that it stands for, float64."""
+    quantised, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
+    quantise(weight.float().clone(), quantised, scales)
+    return Int8(quantised, scales, bias), quantised.double() * scales.double()[:, None]
+
+
+@contextmanager
+def poisoned():
+    """Whatever is allocated and not written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(4).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def half_steps(x):
+    """Half a step of the bytes that each row of x is made: what one of its elements can be off, and a little for the quotient."""
+    return x.double().abs().amax(1, keepdim=True).clamp_min(linear.LEAST) / 127 * (0.5 + 1e-4)
+
+
+def assert_within_steps(out, x, exact, extra):
+    """Within what rounding x's rows to their steps can do to products with `exact`, plus `extra`, and a part of the result."""
+    assert out.shape == (len(x), len(exact)) and not out.isnan().any()
+    ref = x.double() @ exact.T
+    bound = half_steps(x) * exact.abs().sum(1) + 2e-6 * (half_steps(x) * 254) * exact.abs().sum(1)
+    assert ((out.double() - ref - extra).abs() <= bound + torch.finfo(out.dtype).eps * (ref + extra).abs()).all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("form", "dtype"), FORMS)
+def test_floats(form, dtype, shape, rows):
+    weight, x = drawn(*shape, dtype=dtype, seed=1), drawn(rows, shape[1], dtype=dtype)
+    bias, residual = drawn(shape[0], dtype=dtype, seed=2), drawn(rows, shape[0], dtype=dtype, seed=3)
+    ref = x.double() @ weight.double().T
+    bound = 1e-6 * (x.double().abs() @ weight.double().abs().T + 4)  # of sums in float32, in any order
+    with poisoned():
+        biased, bare = form(weight, bias), form(weight)
+        outs = [(bare(x), ref, 0), (bare(x, torch.float32), ref, 0), (biased(x), ref + bias.double(), 0)]
+        outs.append((bare.added_to(residual, x), ref + residual.double(), 0))
+    assert bare.shape == shape
+    assert [out.dtype for out, *_ in outs] == [dtype, torch.float32, dtype, dtype]
+    for out, wanted, _ in outs:
+        assert out.shape == (rows, shape[0])
+        assert ((out.double() - wanted).abs() <= bound + torch.finfo(dtype).eps * wanted.abs()).all()
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["bytes", "no-byte-products"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8(monkeypatch, shape, rows, dtype, exact):
+    if not exact:
+        monkeypatch.setattr(linear, "multiplies_bytes", lambda: False)
+        monkeypatch.setattr(linear, "FLOAT_ROWS", 40)
+    weight, x = drawn(*shape, seed=1), drawn(rows, shape[1], dtype=dtype)
+    bias, residual = drawn(shape[0], dtype=dtype, seed=2), drawn(rows, shape[0], dtype=dtype, seed=3)
+    with poisoned():
+        (biased, _), (bare, stands_for) = int8_of(weight, bias), int8_of(weight)
+        outs = [bare(x), bare(x, torch.float32), biased(x), bare.added_to(residual, x)]
+    assert bare.shape == shape and [out.dtype for out in outs] == [dtype, torch.float32, dtype, dtype]
+    for out, extra in zip(outs, (0, 0, bias.double(), residual.double()), strict=True):
+        assert_within_steps(out, x, stands_for, extra)
+
+
+def test_a_matrix_is_quantised_to_half_a_step_of_each_row():
+    weight = drawn(5, 70)
+    weight[1], weight[2], weight[3] = 0, 1e30 * weight[2], 1e-20 * weight[3]
+    _, stands_for = int8_of(weight)
+    assert ((weight.double() - stands_for).abs() <= half_steps(weight)).all() and stands_for[1].eq(0).all()
+    assert (stands_for.abs().amax(1) - weight.double().abs().amax(1)).abs().max() <= 1e-6 * 1e31
+
+
+def test_rows_of_nothing_of_one_peak_and_of_any_size_are_within_their_own_steps():
+    """A row without any size, rows of huge and of tiny numbers, one outlier, all at the ends of the range, side by side."""
+    x = drawn(8, 96)
+    x[0], x[1], x[2], x[3] = 0, 1e30 * x[1], 1e-25 * x[2], 1e-38
+    x[4, 17], x[5], x[6] = 3e3, 2.0, -2.0
+    form, stands_for = int8_of(drawn(40, 96, seed=1))
+    out = form(x)
+    assert_within_steps(out, x, stands_for, 0)
+    assert out[0].eq(0).all() and out.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_a_number_that_is_none_spoils_its_own_row_only(bad):
+    x = drawn(3, 50)
+    form, _ = int8_of(drawn(9, 50, seed=1))
+    clean = form(x)
+    x[1, 7] = bad
+    out = form(x)
+    assert not out[1].isfinite().any() and torch.equal(out[::2], clean[::2])
+
+
+@pytest.mark.skipif(not multiplies_bytes(), reason="this processor has no exact products of bytes")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(97, 48), (129, 257), (320, 640)], ids=str)
+def test_the_bits_of_an_int8_row_depend_on_that_row_alone(shape, threads):
+    before = torch.get_num_threads()
+    x, residual = drawn(80, shape[1], dtype=torch.bfloat16), drawn(80, shape[0], dtype=torch.bfloat16, seed=2)
+    form, _ = int8_of(drawn(*shape, seed=1), drawn(shape[0], seed=3))
+    whole, added = form(x, torch.float32), form.added_to(residual, x)
+    try:
+        torch.set_num_threads(threads)
+        for rows in (slice(0, 1), slice(7, 8), slice(3, 7), slice(11, 28), slice(16, 80)):
+            assert torch.equal(form(x[rows], torch.float32), whole[rows])
+            assert torch.equal(form.added_to(residual[rows], x[rows]), added[rows])
+        assert torch.equal(form(x.flip(0), torch.float32).flip(0), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_sums_that_32_bits_cannot_hold_are_not_left_to_them():
+    columns = (1 << 31) // (255 * 127) + 1
+    form, stands_for = int8_of(torch.ones(1, columns))
+    x = torch.ones(2, columns)
+    assert_within_steps(form(x), x, stands_for, 0)
+    assert form(x)[0, 0].item() == pytest.approx(columns, rel=1e-3)
+
+
+# What oneDNN is told it runs on, in a process of its own: without VNNI it saturates, and that is found out.
+OLD = """
+import torch
+from tts_engine.models.linear import Int8, multiplies_bytes
+weight = torch.full((64, 128), 127, dtype=torch.int8)
+form = Int8(weight, torch.ones(64))
+print(multiplies_bytes(), set(form(torch.full((3, 128), 2.0)).flatten().tolist()))
+"""
+
+
+@pytest.mark.skipif(not multiplies_bytes() or torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs AVX-512 with VNNI")
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
+def test_a_processor_without_products_of_bytes_gets_them_from_floats(isa):
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "PYTHONPATH": ":".join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-c", OLD], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"False {{{2.0 * 127 * 128}}}\n"
+
+
+@needs_packing
+@pytest.mark.parametrize(("dtype", "shape", "form"), [
+    (torch.float32, (1024, 2048), Packed), (torch.float32, (1024, 2047), Plain),
+    pytest.param(torch.bfloat16, (512, 1024), Packed, marks=needs_bf16), (torch.bfloat16, (512, 1023), Plain),
+], ids=str)  # fmt: skip
+def test_a_matrix_is_packed_from_some_size_on(dtype, shape, form):
+    made = make_linear(torch.ones(shape, dtype=dtype))
+    assert type(made) is form and made.shape == shape
