@@ -38,7 +38,8 @@ from .baselines.sharing_blind import RereadingPRM, SharingBlindPolicy
 from .baselines.transformers_loop import TransformersPolicy, TransformersPRM, cache_bytes, language_model
 
 pytestmark = pytest.mark.timeout(0)  # the long cases take what they take
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+OUR_DTYPES = {"bf16": "bfloat16", "fp32": "float32", "int8": "int8"}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # of KV, and of whoever has no bytes
 PROMPT, STEP, WIDTH = 150, 50, 4
 LIMITS = {"max_step_tokens": 2 * STEP, "max_tokens": 4096}
 ROOM = 120_000  # tokens of KV that each of our models may have; memory is taken only where it is used
@@ -49,7 +50,7 @@ class Models:
     """One slice of the policy and the PRM: ours, and what the baselines make of the same weights, each when first wanted."""
 
     def __init__(self, directory, layers: int, dtype: str) -> None:
-        self.layers, self.dtype = layers, DTYPES[dtype]
+        self.layers, self.dtype, self.our_dtype = layers, DTYPES[dtype], OUR_DTYPES[dtype]
         self.directories = make_models(directory, layers)
         self.checkpoints = [RandomCheckpoint(path) for path in self.directories]
         self.token_bytes = self.checkpoints[0].spec.kv_bytes_per_token(self.dtype)
@@ -61,8 +62,7 @@ class Models:
         self._loops: dict[str, tuple] = {}
 
     def load(self, *directories, **settings) -> Engine:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return Engine.from_pretrained(*directories, load="random", dtype=dtype, system="", **settings)
+        return Engine.from_pretrained(*directories, load="random", dtype=self.our_dtype, system="", **settings)
 
     def trimmed(self, runner: ModelRunner) -> ModelRunner:
         if self.layers < SHAPE["num_hidden_layers"]:
@@ -275,6 +275,8 @@ def products(models: Models, *, rows: int, logits: int, times: int = 1) -> dict:
 
     def alone(way):
         work = [(way(torch.randn(n, k, dtype=models.dtype)), torch.randn(m, k, dtype=models.dtype)) for m, n, k in shapes]
+        if way is in_bytes:
+            work = [(multiply, torch.randint(1, 256, x.shape, dtype=torch.uint8)) for multiply, x in work]
 
         def run():
             with torch.inference_mode():
@@ -284,7 +286,8 @@ def products(models: Models, *, rows: int, logits: int, times: int = 1) -> dict:
 
         return run
 
-    return {f"its matrix products alone, {name}": alone(way) for name, way in WAYS.items()}
+    ways = {"in bytes": in_bytes} if models.our_dtype == "int8" else WAYS
+    return {f"its matrix products alone, {name}": alone(way) for name, way in ways.items()}
 
 
 def plain(weight):
@@ -294,6 +297,13 @@ def plain(weight):
 def packed(weight):
     kept = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, kept, None, "none", [], "")
+
+
+def in_bytes(weight):
+    kept = torch.ops.onednn.qlinear_prepack(weight.mul(100).to(torch.int8), None)
+    ones, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int64)
+    how = (1.0, 0, torch.float32, "none", [], "")
+    return lambda x: torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, kept, ones, zeros, None, *how)
 
 
 WAYS = {"plain": plain, "packed": packed} if torch.backends.mkldnn.is_available() else {"plain": plain}

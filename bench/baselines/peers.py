@@ -66,10 +66,10 @@ def llama_cpp(checkpoint: Checkpoint, directory: Path, prompt: Sequence[int], br
 
 
 def openvino(checkpoint: Checkpoint, directory: Path, prompt: Sequence[int], branches: int, new: int) -> Decode:
-    """OpenVINO GenAI's continuous batching; the prompt is among what it does, for its cache cannot be kept for the next run."""
+    """OpenVINO GenAI's continuous batching; its prefix cache keeps the prompt, and branches share its blocks."""
     library, runtime = _imported("openvino_genai"), _imported("openvino")
     path, schedule, config = gguf_of(checkpoint, directory), library.SchedulerConfig(), library.GenerationConfig()
-    schedule.cache_size, schedule.enable_prefix_caching = 4, True
+    schedule.cache_size, schedule.enable_prefix_caching = 1, True  # GB
     config.max_new_tokens = config.min_new_tokens = new
     config.do_sample, config.num_return_sequences, config.ignore_eos = True, branches, True
     config.temperature, config.top_k, config.top_p = 1.0, checkpoint.spec.vocab_size, 1.0
