@@ -1,0 +1,90 @@
+"""What the kernels become on a GPU that need not be there: registers, shared memory and instructions, read from the machine code.
+
+`python -m tts_kernels.compiled` prints them, one a line; `few` those alone that every run of the tests looks at.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from . import merge, prm_score, sample, store_kv, tree_attention
+from .launch import Launch
+
+CAPABILITIES = (90, 80)
+SHAPES = ((32, 8, 64), (28, 4, 128))  # H, K, D: Llama-3.2-1B, Qwen2.5-7B
+FEW = ("tree_attention 64x64 sm_90", "tree_attention 64x128 sm_90", "tree_attention 64x128 sm_80", "sample sm_90")
+
+
+def variants() -> Iterator[tuple[str, Launch]]:
+    """Every kernel by the classes of tiles, heads and devices that it is made for, with arguments of the right types."""
+
+    def ints(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    for cc in CAPABILITIES:
+        for heads, kv_heads, dim in SHAPES:
+            q = torch.zeros(4, heads + kv_heads, dim, dtype=torch.bfloat16)[:, :heads]
+            k, v = (torch.zeros(16, kv_heads, dim, dtype=q.dtype) for _ in "kv")
+            out, partial, lse = torch.zeros(q.shape, dtype=q.dtype), torch.zeros(4, heads, dim), torch.zeros(4, heads)
+            tables = tree_attention.Tables(order=ints(4), slots=ints(16), segments=ints(4, 5), items=ints(4, 5), merges=ints(4, 4),
+                                           merge_slots=ints(4), counts=ints(2), num_partials=4)  # fmt: skip
+            for rows in tree_attention.ROWS:
+                yield (
+                    f"tree_attention {rows}x{dim} sm_{cc}",
+                    tree_attention.prepare(q, k, v, out, partial, lse, tables, rows=rows, num_programs=4, capability=cc),
+                )
+            yield f"merge {dim} sm_{cc}", merge.prepare(
+                partial, lse, out, tables.order, tables.merges, tables.merge_slots, tables.counts, max_queries=16, num_programs=4,
+                capability=cc,
+            )  # fmt: skip
+
+            wide = torch.zeros(4, heads * dim, dtype=q.dtype)
+            at, scores, direction = torch.zeros(4, dtype=torch.int64), torch.zeros(4), torch.zeros(heads * dim)
+            yield (
+                f"prm_score {heads * dim} sm_{cc}",
+                prm_score.prepare(wide, at, direction, scores, norm=wide[0], epsilon=1e-5, offset=0.0, relu=False, capability=cc),
+            )
+            qkv = torch.zeros(4, heads + 2 * kv_heads, dim, dtype=q.dtype)
+            cos, sin = (torch.zeros(4, dim // 2) for _ in "cs")
+            yield f"store_kv {dim} sm_{cc}", store_kv.prepare(qkv, cos, sin, at, out, k, v, capability=cc)
+        logits, best, token = torch.zeros(4, 128_256), torch.zeros(4, 16), torch.zeros(4, 16, dtype=torch.int64)
+        yield f"sample sm_{cc}", sample.prepare(logits, at, ints(4, 2), at, at, best, token, 0.7, capability=cc)
+
+
+def resources(launch: Launch) -> dict[str, Any]:
+    """Registers and bytes of stack a thread, bytes of shared memory a program, and how often instructions stand in the code."""
+    compiled = launch.compiled()
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, flag, file.name], check=True, capture_output=True, text=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    found = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")}  # type: ignore[index]
+    found["shared"] = compiled.metadata.shared
+    names = [match[1] for match in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code)]
+    found["instructions"] = len(names)
+    found["16-byte copies"] = sum(name.startswith("LDGSTS") and name.endswith("128") for name in names)
+    for name in ("HGMMA", "HMMA", "LDL", "STL"):
+        found[name] = sum(one.split(".")[0] == name for one in names)
+    return found
+
+
+def main(which: str) -> None:
+    for name, launch in variants():
+        if which == "all" or name in FEW:
+            print(json.dumps({"kernel": name, **resources(launch)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "all")
