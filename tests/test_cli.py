@@ -140,7 +140,8 @@ def test_a_problem_too_long_for_the_model_is_one_sentence(run, given):
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "solve", "eval", "score", "rescore", "convert", "info", "demo", "embedded", "embedded train", "embedded check"]
+    "verb",
+    ["", "solve", "eval", "score", "rescore", "convert", "info", "bench", "demo", "embedded", "embedded train", "embedded check"],
 )
 def test_every_verb_explains_itself(run, verb):
     code, out, err = run(*verb.split(), "--help")

@@ -26,6 +26,7 @@ from .tasks.problems import A_FILE, TASKS, find_task
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 POLICY, PRM, METHOD, BUDGET = "policy-s", "prm-good", "beam", 16
+NO_PRM = "none"
 LONGEST, ENDING = 800, 200  # characters of a sentence that are shown, the last ones among them: what it quotes may be endless
 MOST_THREADS = 1024
 
@@ -55,6 +56,11 @@ def number(read: Callable[[str], float], holds: Callable[[float], bool], words: 
     return parse
 
 
+def listed(read: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """An argparse type: one value, or several between commas."""
+    return lambda text: tuple(read(part) for part in text.split(","))
+
+
 def read_bytes(text: str) -> int:
     """K, M and G are powers of 1024, as are KiB to TiB; KB to TB are powers of 1000, as memory is sold."""
     read = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", text)
@@ -77,7 +83,7 @@ memory = number(read_bytes, lambda value: 1 <= value < 1 << 60, "a size of memor
 # Settings of EngineConfig: name, how it is read (None: a switch), help. The defaults are EngineConfig's; a test compares.
 ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
     ("load", str, "weights, or random: made up, from a config.json and a tokenizer alone (default weights)"),
-    ("dtype", str, "float32 or bfloat16 (default float32)"),
+    ("dtype", str, "float32, bfloat16, or int8: 8-bit products, on a CPU (default float32)"),
     ("device", str, "cpu or cuda (default cpu)"),
     ("backend", str, "attention: native, per_branch or reference (default: native on a CPU)"),
     ("kv_bytes", size, "keys and values of both models, in bytes; 512M, 4G (default 512M)"),
@@ -99,6 +105,28 @@ ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
 # Those of them that decide how a PRM reads.
 READING_OPTIONS = ("load", "dtype", "device", "backend", "kv_bytes", "block_size", "prm_family", "deterministic")
 GROUPINGS = get_args(Grouping)
+
+# What a bench sets beside its models and engine: the flag, how one of its values is read, help. The steps' lengths are its own.
+BENCH_DEPTH = 4  # the models that ship have 512 positions
+BENCH_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
+    ("method", str, f"{', '.join(METHODS)} (default {METHOD})"),
+    ("n", integer, f"candidate steps a round, or whole solutions (default {BUDGET}; cot has none)"),
+    ("width", integer, "draws for each kept branch, for beam and dvts (default 4)"),
+    ("rules", str, f"{', '.join(PRESETS)}, as documented (default paper)"),
+    ("depth", integer, f"steps of every solution (default {BENCH_DEPTH})"),
+    ("step_tokens", whole, "tokens of a step on average, drawn from half to one and a half times as many (default 50)"),
+    ("prompt_tokens", whole, "tokens of a prompt, the chat around the problem among them (default 150)"),
+    ("problems", whole, "problems searched side by side (default 4)"),
+]
+NOT_FOR_BENCH = ("steps", "max_step_tokens", "max_tokens", "system")
+BENCH_FIGURES = """
+Rates are of whole searches, by the median repeat: what the other model takes is in the time. Policy tokens are those drawn, PRM
+tokens those that went through its layers. FLOPs are those executed, as the ledger counts them, and tokens/PFLOP the tokens drawn
+for 10^15 of them. MFU: the products with weights that both models executed, as a share of what one large matrix product of that
+dtype, timed before, would have done in that time. KV: keys and values of both models, of all problems, in the round in which the
+branches held most, each at the end of its newest step; distinct: every token once, as they are held; logical: had every branch its
+whole path to itself. Peak RSS: memory that the process has had at most so far.
+"""
 
 
 def make_parser() -> Parser:
@@ -158,6 +186,23 @@ def make_parser() -> Parser:
     info.add_argument("--prm", metavar="Q", help="another; a config.json will do for either")
     info.add_argument("--memory", type=memory, metavar="BYTES", help="tell whether both fit, and how many KV tokens: 80GB, 141GiB")
 
+    bench = verb("bench", run_bench, "time searches that are the same work for everyone; every combination of the values given",
+                 json_last)  # fmt: skip
+    bench.epilog = BENCH_FIGURES
+    models = bench.add_argument_group("models, several between commas", f"{', '.join(NAMES)}, a directory or a hub id")
+    text = f"who writes the steps (default {POLICY})"
+    models.add_argument("--policy", type=listed(str), metavar="P", default=(POLICY,), help=text)
+    text = f"who scores them, {NO_PRM} for nobody (default {PRM} beside a policy that ships)"
+    models.add_argument("--prm", type=listed(str), metavar="Q", help=text)
+    group = bench.add_argument_group("search, several values between commas")
+    for name, read, text in BENCH_OPTIONS:
+        group.add_argument(f"--{name.replace('_', '-')}", type=listed(read), metavar=name.split("_")[-1].upper(), help=text)
+    group.add_argument("--seed", type=integer, default=0, help="of all random numbers (default 0)")
+    of_engine = [name for name, *_ in ENGINE_OPTIONS if name not in NOT_FOR_BENCH]
+    add_engine_options(bench.add_argument_group("engine, several values between commas"), of_engine, several=True)
+    bench.add_argument("--repeats", type=whole, default=3, metavar="N", help="of every case, behind one that warms up (default 3)")
+    bench.add_argument("-o", "--out", type=Path, metavar="FILE", help="for the table: FILE.md, or in full FILE.csv or FILE.jsonl")
+
     demo = verb("demo", run_demo, "a small policy with search against a large one without", json_last)
     demo.add_argument("--problems", type=whole, default=100, metavar="N", help="test problems (default %(default)s)")
     demo.add_argument("--out", type=Path, metavar="DIR", help="for the runs and the plot (default runs/demo-TIME)")
@@ -173,12 +218,14 @@ def make_parser() -> Parser:
     return parser
 
 
-def add_engine_options(group: Any, names: Sequence[str]) -> None:
-    """Those of ENGINE_OPTIONS that are named."""
+def add_engine_options(group: Any, names: Sequence[str], *, several: bool = False) -> None:
+    """Those of ENGINE_OPTIONS that are named; with `several`, each takes values between commas."""
     for name, read, text in ENGINE_OPTIONS:
         if name in names:
             value = name.split("_")[-1].upper()
-            how: dict[str, Any] = {"action": "store_true"} if read is None else {"type": read, "metavar": value}
+            how: dict[str, Any] = {"action": "store_true"}
+            if read is not None:
+                how = {"type": listed(read) if several else read, "metavar": value}
             group.add_argument(f"--{name.replace('_', '-')}", default=None, help=text, **how)
     group.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: torch's own choice)")
 
@@ -363,6 +410,36 @@ def run_info(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_bench(args: argparse.Namespace) -> int:
+    set_threads(args.threads)
+    from .bench import measure
+    from .report import bench_table
+
+    if args.out is not None:
+        bench_table.refuse_unless_known(args.out)
+    cases = chosen_cases(args)
+    measured = measure(cases, repeats=args.repeats)
+    if args.out is not None:
+        bench_table.refuse_unless_writable(args.out)
+    rows, interrupted = list[dict[str, Any]](), False
+    try:
+        for one in measured:
+            rows.append(one.as_dict())
+            if args.out is not None:
+                bench_table.write(rows, args.out)
+            if len(rows) < len(cases):
+                print(f"{len(rows)} of {len(cases)} measured", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+        print(f"interrupted: {len(rows)} of {len(cases)} are measured", file=sys.stderr)
+    finally:
+        if rows:
+            bench_table.show(rows, console())
+    if args.json:
+        print(json.dumps({"interrupted": interrupted, "rows": rows, "out": str(args.out) if args.out is not None else None}))
+    return EXIT_INTERRUPTED if interrupted else 0
+
+
 def run_demo(args: argparse.Namespace) -> int:
     set_threads(args.threads)
     from . import demo
@@ -441,6 +518,32 @@ def chosen_engine(args: argparse.Namespace, method: Method) -> tuple[str | Path,
     policy = models[0]
     assert policy is not None
     return policy, models[1] if method.uses_prm else None, settings
+
+
+def chosen_cases(args: argparse.Namespace) -> list[Any]:
+    """The cases of a bench, of options checked as far as they can be without a model."""
+    from .bench import cross
+
+    def given(names: Sequence[str]) -> dict[str, Any]:
+        values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        return {name: value if isinstance(value, tuple) else (value,) for name, value in values.items()}
+
+    of_engine = given([name for name, *_ in ENGINE_OPTIONS if name not in NOT_FOR_BENCH])
+    methods = args.method or (METHOD,)
+    of_method = given(["rules", "width"]) | {"max_steps": args.depth or (BENCH_DEPTH,)} | given(["n"])
+    if any(field.name == "n" for name in methods if name in METHODS for field in fields(METHODS[name])):
+        of_method.setdefault("n", (BUDGET,))
+    for device in of_engine.get("device", ()):
+        check_device(device)
+    cases: list[Any] = []
+    for policy in args.policy:
+        ships = policy in NAMES
+        prms = args.prm or (PRM if ships else NO_PRM,)
+        models = [(local_directory(policy) or policy, None if prm == NO_PRM else local_directory(prm) or prm) for prm in prms]
+        blocks = {"block_size": (BLOCK_SIZE,)} if ships else {}
+        cases += cross(models, of_engine=blocks | of_engine, methods=methods,
+                       of_case=given(["problems", "prompt_tokens", "step_tokens", "seed"]), of_method=of_method)  # fmt: skip
+    return list(dict.fromkeys(cases))
 
 
 def show_choices(screen: Any, records: Sequence[dict[str, Any]], title: str) -> None:
