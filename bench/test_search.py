@@ -330,7 +330,7 @@ def test_decode(race, tell, models, unless_long, tmp_path, rows, dtype):
         contenders |= products(models, rows=rows, logits=rows, times=new)
         for name, adapter in PEERS.items():
             try:
-                contenders[name] = adapter(models.checkpoints[0], tmp_path, prompt, rows, new)
+                contenders[name] = adapter(models.checkpoints[0], tmp_path, prompt, rows, new, models.our_dtype == "int8")
             except Missing as reason:
                 tell(case, contender=name, missing=str(reason))
         spec = models.checkpoints[0].spec

@@ -1,7 +1,8 @@
 """Other libraries at the same decoding: branches on one prompt, each with its own tokens (extra `peers`).
 
-An adapter takes a checkpoint with random weights, the prompt's ids, the number of branches and of new tokens, and returns what does
-the decoding. Where its library is not installed, or cannot run here, it raises Missing, and the table says so.
+An adapter takes a checkpoint with random weights, a directory for what it makes of it, the prompt's ids, the number of branches and
+of new tokens, and whether weights are to be of 8 bits instead of 16; it returns what does the decoding. Where its library is not
+installed, or cannot run here, it raises Missing, and the table says so.
 """
 
 import json
@@ -22,10 +23,10 @@ class Missing(Exception):
     """Why a peer is not in the race."""
 
 
-def llama_cpp(checkpoint: Checkpoint, directory: Path, prompt: Sequence[int], branches: int, new: int) -> Decode:
+def llama_cpp(checkpoint: Checkpoint, directory: Path, prompt: Sequence[int], branches: int, new: int, small: bool) -> Decode:
     """llama.cpp with its own forking: the prompt is read once, its cells are given to every sequence, one token each a call."""
     library = _imported("llama_cpp")
-    path = gguf_of(checkpoint, directory)
+    path = gguf_of(checkpoint, directory, small)
     model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
     if not model:
         raise Missing("llama.cpp cannot read the file that was written for it")
@@ -65,10 +66,10 @@ def llama_cpp(checkpoint: Checkpoint, directory: Path, prompt: Sequence[int], br
     return run
 
 
-def openvino(checkpoint: Checkpoint, directory: Path, prompt: Sequence[int], branches: int, new: int) -> Decode:
+def openvino(checkpoint: Checkpoint, directory: Path, prompt: Sequence[int], branches: int, new: int, small: bool) -> Decode:
     """OpenVINO GenAI's continuous batching; its prefix cache keeps the prompt, and branches share its blocks."""
     library, runtime = _imported("openvino_genai"), _imported("openvino")
-    path, schedule, config = gguf_of(checkpoint, directory), library.SchedulerConfig(), library.GenerationConfig()
+    path, schedule, config = gguf_of(checkpoint, directory, small), library.SchedulerConfig(), library.GenerationConfig()
     schedule.cache_size, schedule.enable_prefix_caching = 1, True  # GB
     config.max_new_tokens = config.min_new_tokens = new
     config.do_sample, config.num_return_sequences, config.ignore_eos = True, branches, True
@@ -81,9 +82,11 @@ def openvino(checkpoint: Checkpoint, directory: Path, prompt: Sequence[int], bra
     return lambda: pipeline.generate(ids, config)
 
 
-def vllm(checkpoint: Checkpoint, directory: Path, prompt: Sequence[int], branches: int, new: int) -> Decode:
+def vllm(checkpoint: Checkpoint, directory: Path, prompt: Sequence[int], branches: int, new: int, small: bool) -> Decode:
     """vLLM with weights of its own making; its prefix cache keeps the prompt."""
     library = _imported("vllm")
+    if small:
+        raise Missing("vLLM makes no random weights of 8 bits")
     try:
         model = library.LLM(str(checkpoint.directory), load_format="dummy", dtype="bfloat16", max_num_seqs=branches,
                             skip_tokenizer_init=True, max_model_len=len(prompt) + new)  # fmt: skip
@@ -96,10 +99,11 @@ def vllm(checkpoint: Checkpoint, directory: Path, prompt: Sequence[int], branche
 PEERS = {"llama.cpp": llama_cpp, "OpenVINO GenAI": openvino, "vLLM": vllm}
 
 
-def gguf_of(checkpoint: Checkpoint, directory: Path) -> Path:
-    """The checkpoint as a GGUF file of 16-bit floats, with its tokenizer."""
+def gguf_of(checkpoint: Checkpoint, directory: Path, small: bool) -> Path:
+    """The checkpoint as a GGUF file with its tokenizer, its matrices of 16-bit floats, or in small blocks of bytes with a scale."""
     gguf = _imported("gguf")
-    path, spec, config = Path(directory) / "model.gguf", checkpoint.spec, checkpoint.config
+    kind = gguf.GGMLQuantizationType.Q8_0 if small else gguf.GGMLQuantizationType.F16
+    path, spec, config = Path(directory) / f"{kind.name}.gguf", checkpoint.spec, checkpoint.config
     if path.exists():
         return path
     writer = gguf.GGUFWriter(path, "qwen2")
@@ -111,14 +115,14 @@ def gguf_of(checkpoint: Checkpoint, directory: Path) -> Path:
     writer.add_head_count_kv(spec.num_kv_heads)
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if small else gguf.LlamaFileType.MOSTLY_F16)
     _add_tokenizer(writer, gguf, checkpoint)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, spec.num_layers)
     for name, shape in spec.tensor_shapes.items():
-        tensor = torch.empty(shape, dtype=torch.bfloat16)
+        tensor = torch.empty(shape)
         checkpoint.read_into(name, tensor)
-        kind = torch.float16 if tensor.dim() > 1 else torch.float32
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.to(kind).numpy())
+        own = kind if tensor.dim() > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), gguf.quantize(tensor.numpy(), own), raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
