@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 
-from . import merge, prm_score, sample, store_kv, tree_attention
+from . import lm_head_sample, merge, prm_score, sample, store_kv, tree_attention
 from .launch import Launch
 
 CAPABILITIES = (90, 80)
@@ -55,6 +55,12 @@ def variants() -> Iterator[tuple[str, Launch]]:
             qkv = torch.zeros(4, heads + 2 * kv_heads, dim, dtype=q.dtype)
             cos, sin = (torch.zeros(4, dim // 2) for _ in "cs")
             yield f"store_kv {dim} sm_{cc}", store_kv.prepare(qkv, cos, sin, at, out, k, v, capability=cc)
+            for draws in lm_head_sample.ROWS:
+                place, best = torch.zeros(draws, dtype=torch.int64), torch.zeros(draws, 4)
+                yield (
+                    f"lm_head_sample {draws}x{heads * dim} sm_{cc}",
+                    lm_head_sample.prepare(wide, wide, place, ints(draws, 2), place, place, best, best.long(), 0.7, capability=cc),
+                )
         logits, best, token = torch.zeros(4, 128_256), torch.zeros(4, 16), torch.zeros(4, 16, dtype=torch.int64)
         yield f"sample sm_{cc}", sample.prepare(logits, at, ints(4, 2), at, at, best, token, 0.7, capability=cc)
 

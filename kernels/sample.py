@@ -13,11 +13,19 @@ PIECE = 8 * BLOCK  # tokens of one program
 
 @triton.jit
 def words(counter, position, identity, key_0, key_1):
-    """Philox4x32-10 of (counter [N], position, identity's low and high half) under a key: uint32 [4 N], four to a counter."""
+    """Philox4x32-10 of (counter [..., N], position, identity's low and high half) under a key, which broadcast against it: uint32
+    [..., 4 N], four to a counter."""
     zero = counter * 0
     w0, w1, w2, w3 = tl.philox_impl(counter, zero + position, zero + identity.to(tl.uint32), zero + (identity >> 32).to(tl.uint32),
                                     zero + key_0, zero + key_1)  # fmt: skip
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+@triton.jit
+def noise(counter, position, identity, key_0, key_1):
+    """Gumbel noise float32 [..., 4 N]: through double precision, as on every device."""
+    uniform = (words(counter, position, identity, key_0, key_1).to(tl.float64) + 0.5) * 2.3283064365386963e-10
+    return (-tl.log(-tl.log(uniform))).to(tl.float32)
 
 
 @triton.jit
@@ -32,10 +40,9 @@ def _sample(logits, rows, keys, identities, positions, best, best_token, tempera
         start = piece * PIECE + i
         token = start + tl.arange(0, BLOCK)
         counter = (start // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
-        uniform = (words(counter, position, identity, key_0, key_1).to(tl.float64) + 0.5) * 2.3283064365386963e-10
-        noise = (-tl.log(-tl.log(uniform))).to(tl.float32)
         value = tl.load(row + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
-        found, place = tl.max(tl.div_rn(value, temperature) + noise, 0, return_indices=True)
+        score = tl.div_rn(value, temperature) + noise(counter, position, identity, key_0, key_1)
+        found, place = tl.max(score, 0, return_indices=True)
         better = found > top
         top, top_token = tl.where(better, found, top), tl.where(better, start + place, top_token)
     at = draw * tl.num_programs(1) + piece
