@@ -148,6 +148,16 @@ def test_children_take_their_first_token_from_one_row_of_their_parents_logits(mo
     assert (logits[0] - ref).abs().max() <= 1e-4 * ref.abs().max()
 
 
+@pytest.mark.parametrize("evicted", [False, True])
+def test_a_path_is_walked_once_and_again_only_where_it_was_evicted(model, monkeypatch, evicted):
+    policy, walked = load(model), []
+    hold_path = policy.runner.hold_path
+    monkeypatch.setattr(policy.runner, "hold_path", lambda steps: walked.append(len(steps)) or hold_path(steps))
+    program = rounds(root_branch(PROMPT), [2, 1, 1], policy if evicted else None)
+    assert len(draw_all(policy, program, len(PROMPT), temperature=0.9, max_step_tokens=20).branches) == 2
+    assert walked == ([1, 2, 2, 3, 3] if evicted else [1])
+
+
 @pytest.mark.parametrize("max_rows", [1, 3])
 def test_few_rows_draw_the_same_as_many(model, max_rows):
     how = {"temperature": 0.8, "max_tokens": 40}
@@ -186,7 +196,7 @@ def test_a_forward_that_fails_leaves_nothing_held_and_the_draws_still_to_do(mode
             tick()
         except KeyboardInterrupt:
             counts = check_blocks(policy.runner.tree)
-            assert policy._active.size or counts.pinned == counts.filling == 0
+            assert policy._rows or counts.pinned == counts.filling == 0
 
     monkeypatch.setattr(policy, "tick", patient)
     out = draw_all(policy, Majority(n=3).program(root_branch(PROMPT)), 17, temperature=0.7, max_tokens=30)

@@ -42,6 +42,9 @@ class ModelRunner:
         """Raises EngineError for a pool that cannot be had."""
         spec = decoder.spec
         self.decoder, self.backend = decoder, backend
+        self._read_flops = spec.flops_per_read
+        self._token_flops = spec.flops_per_token - spec.flops_per_read
+        self._num_layers, self._pair_flops = spec.num_layers, spec.attention_flops_per_pair // spec.num_layers
         try:
             self.tree = KVTree(num_blocks=num_blocks, block_size=block_size)
             self.cache = KVCache(num_layers=spec.num_layers, num_blocks=num_blocks, block_size=block_size,
@@ -79,10 +82,10 @@ class ModelRunner:
         """
         s = segments
         row_starts = np.zeros(len(s.counts) + 1, np.int32)
-        np.cumsum(s.counts, out=row_starts[1:])
-        within = np.arange(row_starts[-1]) - np.repeat(row_starts[:-1], s.counts)
-        positions = (np.repeat(s.path_starts + s.starts, s.counts) + within).astype(np.int64)
-        lens = s.context_lens.astype(np.int32)
+        s.counts.cumsum(out=row_starts[1:])
+        ends = s.starts + s.counts
+        lens = s.path_starts + ends
+        positions = np.arange(row_starts[-1], dtype=np.int64) + (lens - row_starts[1:]).repeat(s.counts)
         layout = BatchLayout(
             rows=s.handles,
             starts=s.starts,
@@ -90,7 +93,7 @@ class ModelRunner:
             positions=positions,
             write_slots=self.tree.write_slots(s.handles, s.is_lease, s.starts, s.counts),
             context_lens=lens,
-            paths=TreePaths(self.tree, s.handles, s.is_lease, s.starts + s.counts, lens),
+            paths=TreePaths(self.tree, s.handles, s.is_lease, ends, lens),
         )
         device = self.decoder.device
         given = (s.token_ids, positions, read_at)
@@ -104,16 +107,14 @@ class ModelRunner:
     def charge(self, ledger: ModelLedger, *, tokens: int, context_pairs: int) -> None:
         """Count one run into a ledger, up to the last layer's keys and values: `tokens` through the layers, `context_pairs`
         (query, key) pairs in attention."""
-        spec = self.decoder.spec
         ledger.tokens_computed += tokens
-        ledger.linear_flops += (spec.flops_per_token - spec.flops_per_read) * tokens
-        ledger.attention_flops += spec.attention_flops_per_pair // spec.num_layers * (spec.num_layers - 1) * context_pairs
+        ledger.linear_flops += self._token_flops * tokens
+        ledger.attention_flops += self._pair_flops * (self._num_layers - 1) * context_pairs
 
     def charge_reads(self, ledger: ModelLedger, *, tokens: int, context_pairs: int) -> None:
         """Count the rest of the last layer, for those of the tokens whose hidden states are read."""
-        spec = self.decoder.spec
-        ledger.linear_flops += spec.flops_per_read * tokens
-        ledger.attention_flops += spec.attention_flops_per_pair // spec.num_layers * context_pairs
+        ledger.linear_flops += self._read_flops * tokens
+        ledger.attention_flops += self._pair_flops * context_pairs
 
     def refuse_unless_fits(self, what: str, prompt_tokens: int, max_tokens: int, max_steps: int) -> None:
         """Raise OutOfBlocks where one branch at full length could not fit an empty pool: then no eviction ever helps.

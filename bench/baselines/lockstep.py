@@ -99,7 +99,7 @@ class Rows:
         task = self.task
         self._draws[row], self._tokens[row], self._identity[row] = draw, [], draw.identity
         self._state[row] = task.rule.start(draw.identity, (int(self._key[0]), int(self._key[1])))
-        self._room[row] = task.limits.step_room(draw.branch, len(task.prompt))
+        self._room[row] = task.limits.step_room(draw.branch.num_tokens, len(task.prompt))
         self._position[row] = len(task.prompt) + draw.branch.num_tokens
 
     def _closed(self, row: int, ended: bool, cut: bool) -> Branch:
@@ -107,7 +107,7 @@ class Rows:
         text = task.rule.text(self._tokens[row])
         finish = Finish.EOS if ended else Finish.LENGTH if cut else Finish.ANSWER if ANSWER_SIGN in text else None
         child = Branch(draw.branch, tuple(self._tokens[row]), text, draw.identity, draw.lane, draw.draw, finish)
-        if task.limits.step_room(child, len(task.prompt)) <= 0:
+        if task.limits.step_room(child.num_tokens, len(task.prompt)) <= 0:
             child = child.ended(Finish.LENGTH)
         if draw.to_end and child.depth >= task.method.max_steps:
             child = child.ended(Finish.DEPTH)

@@ -4,7 +4,6 @@ Numbers the draws (rule 6 of the house); knows nothing of batches, models or oth
 only on its parent, lane and number, never on the order in which asks are answered.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -61,7 +60,7 @@ class Driver:
     """
 
     def __init__(self, program: Program) -> None:
-        self._drawn: Counter[tuple[int, Lane]] = Counter()
+        self._drawn: dict[tuple[int, Lane], int] = {}  # draws taken, by parent and lane
         self._new: list[Ask] = []
         self._waiting: dict[Ask, _Run] = {}
         self._open: list[_Run] = []
@@ -95,8 +94,8 @@ class Driver:
         For a draw with `to_end` the caller takes each later step of the trajectory from here too, with the draw's lane.
         """
         assert not branch.finished, f"a branch that ended with {branch.finish} cannot be expanded"
-        number = self._drawn[branch.identity, lane]
-        self._drawn[branch.identity, lane] += 1
+        number = self._drawn.get((branch.identity, lane), 0)
+        self._drawn[branch.identity, lane] = number + 1
         return Draw(branch, lane, number, child_identity(branch.identity, lane, number), to_end)
 
     def close(self) -> None:
