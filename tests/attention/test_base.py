@@ -10,7 +10,7 @@ def test_make_backend_knows_its_backends_by_name(name):
 
 
 def test_an_unknown_backend_is_named_with_the_known_ones():
-    with pytest.raises(EngineError, match=r"'flash'.*native, per_branch, reference, triton_tree"):
+    with pytest.raises(EngineError, match=r"'flash'.*native, per_branch, reference, triton_blind, triton_tree"):
         make_backend("flash")
 
 
@@ -29,5 +29,7 @@ def test_a_window_is_refused_by_name_by_backends_without_it(name):
 def test_a_backend_says_where_it_runs_and_whether_it_can_be_deterministic():
     with pytest.raises(EngineError, match="'native' runs on cpu only, not on cuda:1"):
         make_backend("native", "cuda:1")
-    with pytest.raises(EngineError, match="'per_branch' is not batch-invariant; deterministic=True needs 'native' or 'reference'"):
+    with pytest.raises(
+        EngineError, match="'per_branch' is not batch-invariant; deterministic=True needs 'native' or 'reference' or 'triton_tree'"
+    ):
         make_backend("per_branch", deterministic=True)

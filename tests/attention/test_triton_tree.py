@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tts_engine.attention import make_backend
-from tts_engine.attention.triton_tree import TritonTreeAttention
+from tts_engine.attention.triton_tree import TritonBlindAttention, TritonTreeAttention
 from tts_engine.errors import EngineError
 from tts_engine.kv.cache import KVCache
 from tts_engine.testing import flat_layout
@@ -38,14 +38,16 @@ def test_a_head_dim_without_a_kernel_is_refused():
         backend.run(*(torch.zeros(2, 1, 80) for _ in "qkv"), cache, 0, backend.plan(layout))
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_it_agrees_with_the_definition_from_prefill_through_growth_to_a_fork(deterministic):
+@pytest.mark.parametrize(
+    ("backend", "deterministic"), [(TritonTreeAttention, False), (TritonTreeAttention, True), (TritonBlindAttention, False)]
+)
+def test_it_agrees_with_the_definition_from_prefill_through_growth_to_a_fork(backend, deterministic):
     """Three branches of a prompt, read as a run of tokens, then decoded token by token; q is a slice, as the decoder's is."""
     gen = torch.Generator().manual_seed(0)
     heads, kv_heads, dim = 7, 1, 16
     caches = [KVCache(num_layers=2, num_blocks=300, block_size=1, num_kv_heads=kv_heads, head_dim=dim, dtype=torch.float32)
               for _ in "ab"]  # fmt: skip
-    backends = [TritonTreeAttention("cpu", deterministic=deterministic), make_backend("reference")]
+    backends = [backend("cpu", deterministic=deterministic), make_backend("reference")]
     for cache in caches:
         cache.k.fill_(torch.nan)
         cache.v.fill_(torch.nan)
@@ -59,10 +61,10 @@ def test_it_agrees_with_the_definition_from_prefill_through_growth_to_a_fork(det
         layout.rows[:] = np.arange(len(paths))
         q, k, v = drawn(gen, len(layout.positions), heads, kv_heads, dim)
         outs = []
-        for backend, cache in zip(backends, caches, strict=True):
-            plan = backend.plan(layout)
-            outs.append([backend.run(q[:, :heads], k, v, cache, layer, plan) for layer in (0, 1)][1])
-            if backend is backends[0]:
+        for attention, cache in zip(backends, caches, strict=True):
+            plan = attention.plan(layout)
+            outs.append([attention.run(q[:, :heads], k, v, cache, layer, plan) for layer in (0, 1)][1])
+            if attention is backends[0]:
                 plans.append(plan.tree)
         torch.testing.assert_close(*outs, rtol=1e-5, atol=2e-6)
     assert [plan is plans[max(0, i - 1)] for i, plan in enumerate(plans)] == [True, False, True, True, False, False, True]
@@ -76,5 +78,14 @@ def test_tiles_are_chosen_by_what_is_shared_and_paths_are_cut_for_the_device(row
     backend = TritonTreeAttention("cpu")
     monkeypatch.setattr(TritonTreeAttention, "_multiprocessors", 132)
     paths = [[*range(shared), *range(1000 * (row + 1), 1000 * (row + 1) + 200)] for row in range(rows)]
-    size, split = backend._cut(flat_layout(paths, [new] * rows), group=7, kv_heads=4)
-    assert size == expected and 256 <= split <= 4096
+    size, queries, split = backend._cut(flat_layout(paths, [new] * rows), group=7, kv_heads=4)
+    assert size == expected and queries == size // 7 and 256 <= split <= 4096
+
+
+def test_the_blind_backend_reads_every_path_by_itself():
+    backend = TritonBlindAttention("cpu")
+    layout = flat_layout([[*range(300), 1000 + row] for row in range(5)], [1] * 5)
+    size, queries, _ = backend._cut(layout, group=4, kv_heads=8)
+    assert (size, queries) == (16, 1)
+    forest, starts = backend._forest(layout)
+    assert forest.parent.tolist() == [-1] * 5 and len(forest.slots) == 5 * 301 and starts.tolist() == [300] * 5

@@ -9,9 +9,10 @@ from .base import AttentionBackend
 from .native import NativeAttention
 from .per_branch import PerBranchAttention
 from .reference import ReferenceAttention
-from .triton_tree import TritonTreeAttention
+from .triton_tree import TritonBlindAttention, TritonTreeAttention
 
-BACKENDS = {backend.name: backend for backend in (ReferenceAttention, PerBranchAttention, NativeAttention, TritonTreeAttention)}
+_KNOWN = (ReferenceAttention, PerBranchAttention, NativeAttention, TritonTreeAttention, TritonBlindAttention)
+BACKENDS = {backend.name: backend for backend in _KNOWN}
 
 
 def make_backend(name: str, device: torch.device | str = "cpu", *, deterministic: bool = False) -> AttentionBackend:

@@ -67,9 +67,9 @@ class TritonTreeAttention:
         heads, dim = q.shape[1:]
         if plan.tree is None:
             self._refuse_unless_able(heads, k.shape[1], dim)
-            plan.rows, split = self._cut(plan.layout, heads // k.shape[1], k.shape[1])
-            plan.tree = _C.TreePlan(plan.layout.paths.forest, plan.layout.starts, plan.layout.row_starts,
-                                    max_queries=plan.rows // (heads // k.shape[1]), split=split, reserve=RESERVE,
+            plan.rows, max_queries, split = self._cut(plan.layout, heads // k.shape[1], k.shape[1])
+            forest, starts = self._forest(plan.layout)
+            plan.tree = _C.TreePlan(forest, starts, plan.layout.row_starts, max_queries=max_queries, split=split, reserve=RESERVE,
                                     compress=not self._deterministic)  # fmt: skip
             plan.tables = tables_of(plan.tree, self._device)
         cache.write(layer, plan.write_slots, k, v)
@@ -77,11 +77,16 @@ class TritonTreeAttention:
         return self._kernels.tree_attention(q, cache.k[layer], cache.v[layer], plan.tables, rows=plan.rows,
                                             num_programs=PROGRAMS * self._multiprocessors)  # fmt: skip
 
-    def _cut(self, layout: BatchLayout, group: int, kv_heads: int) -> tuple[int, int]:
-        """The tile class, and the depth at which paths are cut so that every multiprocessor has something to read."""
+    def _forest(self, layout: BatchLayout) -> tuple["_C.Forest", np.ndarray]:
+        """The nodes that rows stand on, and int32 [B] how many tokens of its node come before each row's first."""
+        return layout.paths.forest, layout.starts
+
+    def _cut(self, layout: BatchLayout, group: int, kv_heads: int) -> tuple[int, int, int]:
+        """The tile class, the queries of an item, and the depth at which paths are cut so that every multiprocessor has some."""
         able = [rows for rows in self._kernels.ROWS if rows >= group]
         if self._deterministic:
-            return max(able[0], 64), SPLIT
+            rows = max(able[0], 64)
+            return rows, rows // group, SPLIT
         queries, contexts = int(layout.row_starts[-1]), layout.context_lens.astype(np.int64)
         if queries >= LONG_RUN * len(contexts):
             wanted = 128
@@ -90,10 +95,13 @@ class TritonTreeAttention:
         else:
             wanted = 64
         rows = next(size for size in able if size >= wanted)
-        items = kv_heads * -(-queries // (rows // group))
+        return rows, rows // group, self._split(layout, kv_heads * -(-queries // (rows // group)))
+
+    def _split(self, layout: BatchLayout, items: int) -> int:
+        """For so many items, were no path cut: a power of two, so that it changes seldom."""
         zones = -(-PROGRAMS * self._multiprocessors // max(1, items))
-        depth = int(contexts.max(initial=1)) // zones
-        return rows, min(SPLIT, max(SHORTEST_SPLIT, 1 << max(0, depth - 1).bit_length()))
+        depth = int(layout.context_lens.max(initial=1)) // zones
+        return min(SPLIT, max(SHORTEST_SPLIT, 1 << max(0, depth - 1).bit_length()))
 
     def _refuse_unless_able(self, heads: int, kv_heads: int, dim: int) -> None:
         if dim not in self._kernels.HEAD_DIMS or heads // kv_heads > self._kernels.ROWS[-1]:
@@ -103,6 +111,26 @@ class TritonTreeAttention:
     @cached_property
     def _multiprocessors(self) -> int:
         return torch.cuda.get_device_properties(self._device).multi_processor_count if self._device.type == "cuda" else 1
+
+
+class TritonBlindAttention(TritonTreeAttention):
+    """The same kernels with plans that share nothing: every row reads its whole path. What sharing is measured against."""
+
+    name = "triton_blind"
+    batch_invariant = False
+
+    def _forest(self, layout: BatchLayout) -> tuple["_C.Forest", np.ndarray]:
+        slots, lens = layout.context_slots, layout.context_lens
+        listed = slots[np.arange(slots.shape[1]) < lens[:, None]]
+        rows = np.arange(len(lens), dtype=np.int32)
+        forest = _C.Forest(np.full_like(rows, -1), (np.cumsum(lens) - lens).astype(np.int32), lens, rows, listed)
+        return forest, (lens - np.diff(layout.row_starts)).astype(np.int32)
+
+    def _cut(self, layout: BatchLayout, group: int, kv_heads: int) -> tuple[int, int, int]:
+        """Lone tokens get an item each."""
+        longest = int(np.diff(layout.row_starts).max(initial=1))
+        rows = next(size for size in self._kernels.ROWS if size >= group and (size >= longest * group or size >= 64))
+        return rows, max(1, min(longest, rows // group)), self._split(layout, kv_heads * len(layout.rows))
 
 
 def tables_of(plan: "_C.TreePlan", device: torch.device | str) -> Any:
