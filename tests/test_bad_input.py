@@ -958,6 +958,43 @@ def test_a_bad_option_of_eval(refuse, here, more, words):
     refuse(evaluated(here, here / "new", *more), words)
 
 
+@pytest.mark.parametrize(("more", "words"), table(
+    ("method", ["--method", "best_of_n,mcts"], "no method 'mcts'"),
+    ("method blank", ["--method", "best_of_n,"], "no method ''"),
+    ("n text", ["--n", "2,x"], "'x' is not a whole number"),
+    ("n blank", ["--n", "2,"], "'' is not a whole number"),
+    ("n zero", ["--n", "2,0"], "n must be a whole number of at least 1, not 0"),
+    ("n huge", ["--n", f"2,{10**30}"], "n=10*"),
+    ("width does not divide", ["--method", "beam", "--n", "4,6"], "n=6 must be a multiple of width=4"),
+    ("width where there is none", ["--width", "4"], "best_of_n has no setting 'width'"),
+    ("rules", ["--rules", "paper,own"], "no rules 'own'"),
+    ("depth", ["--depth", "2,0"], "max_steps must be a whole number of at least 1"),
+    ("problems zero", ["--problems", "0"], "'0' is not a whole number of at least 1"),
+    ("problems huge", ["--problems", f"1,{10**9}"], "problems=1000000000 must be at least 1 and at most"),
+    ("steps too long", ["--step-tokens", "4,400"], "steps of up to 600 may come to .* 512 positions"),
+    ("steps endless", ["--step-tokens", str(10**30)], "steps='10*' is unknown"),
+    ("prompt too long", ["--prompt-tokens", f"20,{10**12}"], "512 positions"),
+    ("prompt too short", ["--prompt-tokens", "3"], "has no room for a problem"),
+    ("repeats", ["--repeats", "0"], "'0' is not a whole number of at least 1"),
+    ("dtype", ["--dtype", "float32,int3"], "no dtype 'int3'"),
+    ("backend", ["--backend", "native,quick"], "no attention backend 'quick'"),
+    ("device", ["--device", "cpu,tpu"], "no device 'tpu'"),
+    ("kv bytes", ["--kv-bytes", "4M,10"], "kv_bytes=10 holds 0"),
+    ("policy", ["--policy", "no/such/place,policy-s"], "neither a directory nor a hub id"),
+    ("prm", ["--prm", "no/such/place"], "neither a directory nor a hub id"),
+    ("no prm", ["--prm", "none"], "best_of_n needs a PRM, and none is given"),
+    ("format", ["-o", "table.txt"], "table.txt is in no known format; known: .md, .csv, .jsonl"),
+    ("out nowhere", ["-o", "no/such/table.md"], "table.md cannot be written: No such file"),
+    ("out a NUL", ["-o", "a\0b.md"], "cannot be written"),
+    ("out endless", ["-o", "o" * 20_000 + ".md"], "cannot be written: File name too long"),
+))  # fmt: skip
+def test_a_bad_option_of_bench_is_refused_before_anything_is_timed(refuse, here, monkeypatch, more, words):
+    monkeypatch.setattr("tts_engine.engine.Engine.from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    sound = ["--problems", 1, "--prompt-tokens", 20, "--depth", 2, "--step-tokens", 4, "--kv-bytes", "4M"]
+    models = ["--policy", here / "policy", "--prm", here / "prm"]
+    refuse(["bench", *models, "--method", "best_of_n", *sound, *more], words)
+
+
 @pytest.mark.parametrize(("argv", "words"), table(
     ("memory", ["info", "--policy", "P", "--memory", "80"], None),
     ("memory zero", ["info", "--policy", "P", "--memory", "0"], "is not a size of memory"),
