@@ -156,6 +156,17 @@ def test_top_p_and_the_other_prm_family_keep_the_law_too(models):
     assert essence(out) == essence(ref)
 
 
+@pytest.mark.parametrize("kind", ["qwen2.5-math-prm", "math-shepherd"])
+def test_the_laws_hold_in_int8(models, kind):
+    method = STEP_METHODS[1]
+    ref = load(models, kind, dtype="int8", deterministic=True).search(PROBLEMS[0], method, seed=3)[0]
+    out = load(models, kind, dtype="int8", deterministic=True, forgetful=True).search(PROBLEMS[:3][::-1], method, seed=3)[2]
+    assert essence(out) == essence(ref) and len(ref.nodes) >= 12
+    exact = load(models, kind, deterministic=True).search(PROBLEMS[0], method, seed=3)[0]
+    scores = [{node.identity: node.score for node in result.nodes if node.depth == 1} for result in (ref, exact)]
+    assert scores[0] != scores[1]  # or nothing was quantised
+
+
 def test_another_seed_or_problem_id_draws_other_tokens(models, alone):
     engine = load(models, deterministic=True)
     method = STEP_METHODS[1]

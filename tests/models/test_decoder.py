@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tts_engine.attention import BACKENDS, make_backend
+from tts_engine.models import linear
 from tts_engine.models.decoder import ROTARY_BLOCK
 from tts_engine.models.weights import load_decoder
 from tts_engine.testing import LLAMA3_ROPE, poisoned_cache, random_model, run_rows
@@ -125,6 +126,26 @@ def test_bfloat16_is_no_further_from_float32_than_transformers_is(tmp_path, fami
     assert (out - exact).abs().max() <= 2 * (theirs - exact).abs().max()
 
 
+@pytest.mark.parametrize(("family", "flags"), FAMILIES)
+def test_packed_matrices_give_transformers_logits_too(tmp_path, monkeypatch, family, flags):
+    monkeypatch.setattr(linear, "PACKED_FROM", dict.fromkeys(linear.PACKED_FROM, 0))
+    assert_equals_transformers(*saved(tmp_path, family, **flags), "reference")
+
+
+@pytest.mark.parametrize(("family", "flags"), FAMILIES)
+def test_int8_logits_are_within_a_few_percent_of_transformers(tmp_path, family, flags):
+    """A byte is half a percent of its row's peak off at most; of a product's many such errors most cancel."""
+    model, directory = saved(tmp_path, family, **flags)
+    (slots,), (tokens,) = paths(2, [61], 97, 64)
+    decoder = load_decoder(directory, dtype=torch.int8)
+    cache = poisoned_cache(decoder.spec, 64, decoder.dtype)
+    out = decoder.logits(run_rows(decoder, make_backend("native"), cache, [slots], [61], [tokens]))
+    with torch.no_grad():
+        ref = model(torch.tensor([tokens])).logits[0]
+    assert out.dtype == torch.float32
+    assert 1e-4 < (out - ref).square().mean().sqrt() / ref.square().mean().sqrt() <= 0.04
+
+
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize("backend", ["reference", "per_branch", "native"])
 def test_the_last_layer_works_for_the_read_tokens_only(tmp_path, backend, deterministic):
@@ -170,8 +191,21 @@ def test_a_deterministic_row_has_the_same_bits_in_any_company(tmp_path, family, 
     hidden, heads, kv_heads, inner = sizes
     _, directory = saved(tmp_path, family, hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=kv_heads,
                          intermediate_size=inner, num_hidden_layers=2, vocab_size=301, **flags)  # fmt: skip
+    assert_rows_keep_their_bits(directory, dtype, threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_a_deterministic_row_keeps_its_bits_in_packed_matrices_and_in_bytes(tmp_path, monkeypatch, dtype, threads):
+    monkeypatch.setattr(linear, "PACKED_FROM", dict.fromkeys(linear.PACKED_FROM, 0))
+    _, directory = saved(tmp_path, "qwen2", hidden_size=128, num_attention_heads=4, num_key_value_heads=2, intermediate_size=350,
+                         num_hidden_layers=2, vocab_size=301)  # fmt: skip
+    assert_rows_keep_their_bits(directory, dtype, threads)
+
+
+def assert_rows_keep_their_bits(directory, dtype, threads):
     decoder, attention = load_decoder(directory, dtype=dtype, deterministic=True), make_backend("reference")
-    lengths = [21, 3, 40, 17]
+    dtype, lengths = decoder.dtype, [21, 3, 40, 17]
     slots, tokens = paths(4, lengths, 301, 100)
 
     def run(rows, new=None, cache=None):

@@ -3,6 +3,7 @@ import torch
 from safetensors.torch import save_file
 
 from tts_engine.errors import ModelError
+from tts_engine.models import linear
 from tts_engine.models.heads import PairHead, TwoClassHead, ValueHead
 from tts_engine.models.weights import Checkpoint, load_decoder
 from tts_engine.testing import random_model
@@ -62,6 +63,18 @@ def test_pair_head_is_the_softmax_of_two_logits(tmp_path):
     assert (PairHead.of(decoder, plus_id=64, minus_id=38)(hidden) - ref).abs().max() <= 1e-6
     with pytest.raises(ModelError, match="from tokens 64 and 97, and the model knows 97"):
         PairHead.of(decoder, plus_id=64, minus_id=97)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_pair_head_reads_rows_that_nothing_was_quantised_or_packed_of(tmp_path, monkeypatch, dtype, tied):
+    monkeypatch.setattr(linear, "PACKED_FROM", dict.fromkeys(linear.PACKED_FROM, 0))
+    model = random_model("qwen2", tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    decoder = load_decoder(tmp_path, dtype=dtype)
+    rows = model.lm_head.weight.data.to(linear.activations(dtype))
+    hidden = torch.randn(4, 48, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(PairHead.of(decoder, plus_id=96, minus_id=0)(hidden), PairHead(rows[96], rows[0])(hidden))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -68,6 +68,19 @@ def test_a_tied_checkpoint_shares_one_tensor(tmp_path):
     assert weights.lm_head.weight is weights.embedding
 
 
+def test_bytes_are_the_same_in_whatever_blocks_they_are_made(checkpoint, monkeypatch):
+    """And the same as of the whole tensors; an int8 decoder is bfloat16 but for its matrices."""
+    whole = load_decoder(checkpoint, dtype=torch.int8).weights
+    monkeypatch.setattr("tts_engine.models.weights.QUANTISED_ENTRIES", 500)
+    few = load_decoder(checkpoint, dtype=torch.int8).weights
+    wide, x = load_decoder(checkpoint).weights, torch.randn(3, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for name in ("lm_head", "gate_up"):
+        a, b, c = (getattr(w if name == "lm_head" else w.layers[0], name) for w in (whole, few, wide))
+        assert torch.equal(a(x), b(x))
+        assert 0 < (a(x, torch.float32) - c(x.float())).abs().max() < 0.05 * c(x.float()).abs().max()
+    assert whole.embedding.dtype == whole.norm.dtype == whole.layers[0].mlp_norm.dtype == torch.bfloat16
+
+
 def test_an_unused_lm_head_of_a_prm_is_not_read(checkpoint):
     edit_json(checkpoint / "config.json", lambda c: c.update(architectures=["Qwen2ForProcessRewardModel"]))
     assert load_decoder(checkpoint).weights.lm_head is None
@@ -234,7 +247,7 @@ PEAK = """
 import re, sys, torch
 from pathlib import Path
 import transformers  # what a user has loaded anyway must not count
-from tts_engine.models.weights import SOURCES, load_decoder
+from tts_engine.models.weights import SOURCES, load_decoder, weight_bytes
 def resident(mark):
     return int(re.search(mark + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 dtype = getattr(torch, sys.argv[2])
@@ -242,12 +255,14 @@ load_decoder(SOURCES[sys.argv[4]](Path(sys.argv[3])), dtype=dtype)  # a tiny one
 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
 before = resident("VmRSS")
 decoder = load_decoder(SOURCES[sys.argv[4]](Path(sys.argv[1])), dtype=dtype)
-print((resident("VmHWM") - before) / (decoder.spec.num_parameters * dtype.itemsize))
+print((resident("VmHWM") - before) / weight_bytes(decoder.spec, dtype))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("dtype", "load"), [("float32", "weights"), ("bfloat16", "weights"), ("bfloat16", "random")])
+@pytest.mark.parametrize(("dtype", "load"), [
+    ("float32", "weights"), ("bfloat16", "weights"), ("bfloat16", "random"), ("int8", "weights"), ("int8", "random"),
+])  # fmt: skip
 def test_loading_peaks_at_no_more_than_1_2_times_the_weights(tmp_path, dtype, load):
     random_model("qwen2").save_pretrained(tmp_path / "tiny")
     sizes = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 20_000}

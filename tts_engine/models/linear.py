@@ -49,7 +49,7 @@ class Plain:
 
 
 class Packed:
-    """The weights in the order in which oneDNN's kernel reads them. The tensor they came from is not kept."""
+    """The weights in the order in which oneDNN's kernel reads them; the tensor they came from is not kept."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.shape = (len(weight), weight.shape[1])
@@ -73,15 +73,15 @@ class Int8:
 
     BYTES_PER_ROW = 16  # of W, beside its own bytes
 
-    def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
-        """weight int8 [N, K] and scales float32 [N], as `quantise` writes them."""
+    def __init__(self, weight: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None = None) -> None:
+        """weight int8 [N, K], which is not kept, and float32 [N] its scales and the sums of its rows, as `quantise` writes them."""
         self.shape = (len(weight), weight.shape[1])
         self._scales, self._bias = scales, bias.float() if bias is not None else None
-        self._offsets = -128 * scales * weight.sum(1)
+        self._offsets = -128 * scales * sums
         self._no_zeros = torch.zeros(len(weight), dtype=torch.int64)
         # Without VNNI old processors add pairs of products in 16 bits that cannot hold them.
         self._exact = multiplies_bytes() and self.shape[1] * 255 * 127 < 1 << 31
-        self._weight = torch.ops.onednn.qlinear_prepack(weight, None) if self._exact else weight
+        self._weight = torch.ops.onednn.qlinear_prepack(weight, None) if self._exact else weight.clone()
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         out = self._times(x)
@@ -109,22 +109,19 @@ def activations(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.int8 else dtype
 
 
-def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """The fastest form of a float32 or bfloat16 matrix."""
-    return Packed(weight, bias) if _packs(weight) else Plain(weight, bias)
+def packs(entries: int, dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Whether a float32 or bfloat16 matrix of so many entries is faster packed."""
+    if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available() or entries < PACKED_FROM[dtype]:
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def quantise(rows: Tensor, out: Tensor, scales: Tensor) -> None:
-    """Write float32 rows [R, K], which are spoilt, to `out` int8 [R, K] and `scales` [R]: of a row, its peak / 127."""
+def quantise(rows: Tensor, out: Tensor, scales: Tensor, sums: Tensor) -> None:
+    """Write float32 rows [R, K], which are spoilt, to `out` int8 [R, K]; of a row `scales` [R], its peak / 127, and `sums` [R]."""
     torch.amax(rows.abs(), 1, out=scales)
     scales.clamp_min_(LEAST).div_(127)
     out.copy_(rows.div_(scales[:, None]).round_())
-
-
-def _packs(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or weight.numel() < PACKED_FROM[weight.dtype]:
-        return False
-    return weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    torch.sum(rows, 1, out=sums)
 
 
 @cache

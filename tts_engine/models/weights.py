@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .decoder import Decoder, DecoderWeights, LayerWeights
-from .linear import Int8, Linear, Plain, activations, make_linear, quantise
+from .linear import Int8, Linear, Packed, Plain, activations, packs, quantise
 from .spec import DecoderSpec
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -27,7 +27,7 @@ HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 HUB_WEIGHTS = ["*.safetensors"]
 STORED = ("F32", "F16", "BF16")  # what a conversion to the wanted dtype is meaningful for; others need scales
 BLOCK_BYTES = 16 << 20
-QUANTISED_ENTRIES = 1 << 19  # made bytes at a time, from float32
+QUANTISED_ENTRIES = 1 << 17  # made bytes at a time, from float32
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -181,10 +181,12 @@ class _Loading:
         self.checkpoint, self.spec, self.device = checkpoint, checkpoint.spec, device
         self.dtype, self.wide = dtype, activations(dtype)
         self.shapes = self.spec.tensor_shapes
+        self.desk = torch.empty(0, dtype=torch.uint8)
 
     def weights(self) -> DecoderWeights:
         embedding = self.read(EMBEDDING)
         lm_head = self.lm_head(embedding)  # the largest matrix, while there is room beside it for what it is made from
+        self.desk = torch.empty(0, dtype=torch.uint8)
         layers = [self.layer(i) for i in range(self.spec.num_layers)]
         norm = self.read("model.norm.weight")
         assert not self.shapes, f"nothing reads {', '.join(self.shapes)}"
@@ -231,24 +233,35 @@ class _Loading:
         """The named modules as one matrix, stacked along dimension 0."""
         added = self.read(*(f"{name}.bias" for name in names)) if bias else None
         weights = [f"{name}.weight" for name in names]
+        rows, columns = sum(self.shapes[name][0] for name in weights), self.shapes[weights[0]][1]
         if self.dtype == torch.int8:
-            rows, columns = sum(self.shapes[name][0] for name in weights), self.shapes[weights[0]][1]
             return self.quantised(rows, columns, self.blocks(*weights), added)
-        whole = self.read(*weights)
+        if not packs(rows * columns, self.dtype, self.device):
+            return Plain(self.read(*weights), added)
+        weight = self.read(*weights, place=self.laid_out(rows, columns))
         with self.room():
-            return make_linear(whole, added)
+            return Packed(weight, added)
 
     def quantised(self, rows: int, columns: int, blocks: Iterator[Tensor], bias: Tensor | None = None) -> Linear:
         """blocks: float32, the rows in their order."""
-        with self.room():
-            weight, scales = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows)
+        weight, scales, sums = self.laid_out(rows, columns), torch.empty(rows), torch.empty(rows)
         start = 0
         for block in blocks:
             end = start + len(block)
-            quantise(block, weight[start:end], scales[start:end])
+            quantise(block, weight[start:end], scales[start:end], sums[start:end])
             start = end
         with self.room():
-            return Int8(weight, scales, bias)
+            return Int8(weight, scales, sums, bias)
+
+    def laid_out(self, rows: int, columns: int) -> Tensor:
+        """Where a matrix is put together before it is reordered: the same memory for all of the layers', so that none leaves a
+        hole behind."""
+        spec, size = self.spec, rows * columns * self.dtype.itemsize
+        widest = max(2 * spec.intermediate_size, (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim)
+        if self.desk.nbytes < size:
+            with self.room():
+                self.desk = torch.empty(max(size, widest * spec.hidden_size * self.dtype.itemsize), dtype=torch.uint8)
+        return self.desk[:size].view(self.dtype).view(rows, columns)
 
     def blocks(self, *names: str) -> Iterator[Tensor]:
         """The rows of the named tensors, float32, a few at a time."""
@@ -260,15 +273,16 @@ class _Loading:
                 self.checkpoint.read_into(name, block, start=start, total=total)
                 yield block
 
-    def read(self, *names: str) -> Tensor:
-        """One tensor of the named ones, stacked along dimension 0."""
+    def read(self, *names: str, place: Tensor | None = None) -> Tensor:
+        """One tensor of the named ones, stacked along dimension 0; in that place, or one of its own."""
         parts = [self.shapes.pop(name) for name in names]
         rows = [part[0] for part in parts]
-        with self.room():
-            whole = torch.empty(sum(rows), *parts[0][1:], dtype=self.wide, device=self.device)
-        for name, part in zip(names, whole.split(rows), strict=True):
+        if place is None:
+            with self.room():
+                place = torch.empty(sum(rows), *parts[0][1:], dtype=self.wide, device=self.device)
+        for name, part in zip(names, place.split(rows), strict=True):
             self.checkpoint.read_into(name, part)
-        return whole
+        return place
 
     @contextmanager
     def room(self) -> Iterator[None]:
