@@ -105,7 +105,11 @@ class Int8:
 
 
 def activations(dtype: torch.dtype) -> torch.dtype:
-    """What flows between matrices of this dtype, and is kept as keys and values."""
+    """What flows between matrices of this dtype, and is kept as keys and values.
+
+    Between matrices of bytes bfloat16, for half the memory of keys, values and embedding; where PyTorch makes the bytes and scales
+    the rows, float32 would spare it conversions: a fifth of a layer's time at 64 rows of a 0.5B shape.
+    """
     return torch.bfloat16 if dtype == torch.int8 else dtype
 
 
