@@ -19,11 +19,13 @@ Row = dict[str, Any]
 Column = tuple[str, list[str]]  # its heading, and a cell a row
 GAP, WIDEST = 2, 28  # between columns; of one column
 
-# Settings that are told, above the table where all rows share one; else it is a column. Who searched how widely always is.
+# Settings that are columns where rows differ in them, and are told above the table where they do not, those of QUIET left out. Who
+# searched how widely is a column always.
 SETTINGS = ("policy", "prm", "method", "n", "rules", "width", "problems", "prompt_tokens", "depth", "step_tokens", "load", "dtype",
             "device", "backend", "kv_bytes", "block_size", "max_rows", "top_k", "top_p", "prm_family", "deterministic", "threads",
             "repeats")  # fmt: skip
 ALWAYS = ("method", "n")
+QUIET = (*ALWAYS, "kv_bytes", "max_rows", "top_k", "top_p", "prm_family", "deterministic")
 
 
 def prm_only(show: Callable[[Row], str]) -> Callable[[Row], str]:
@@ -52,16 +54,16 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
 
 
 def caption(rows: Sequence[Row]) -> str:
-    """The settings that all rows share."""
-    shared = {name: values for name in SETTINGS if name not in ALWAYS and len(values := _values(rows, name)) == 1}
+    """The settings that all rows share, those that matter to most readers."""
+    shared = {name: values for name in SETTINGS if name not in QUIET and len(values := _values(rows, name)) == 1}
     return ", ".join(f"{name.replace('_', ' ')} {_told(value)}" for name, [value] in shared.items())
 
 
 def ceilings(rows: Sequence[Row]) -> str:
     """What 100 % of MFU is."""
-    told = {f"{r['dtype']} on {r['device']} {short(r['gemm_flops_per_s'])}FLOP/s, {r['gemm_side']} x {r['gemm_side']} by the same"
-            for r in rows}  # fmt: skip
-    return f"GEMM ceilings measured now: {'; '.join(sorted(told))}"
+    told = {f"{r['dtype']} on {r['device']} {short(r['gemm_flops_per_s'])}FLOP/s" for r in rows}
+    sides = sorted({r["gemm_side"] for r in rows})
+    return f"GEMM ceilings measured now, with square matrices of {' and '.join(map(str, sides))}: {', '.join(sorted(told))}"
 
 
 def show(rows: Sequence[Row], screen: Console) -> None:
