@@ -140,6 +140,19 @@ void rotate(uintptr_t x, int64_t x_stride, uintptr_t cos, uintptr_t sin, uintptr
               heads, width, element(bfloat16), num_threads);
 }
 
+void quantise_rows(uintptr_t x, uintptr_t out, uintptr_t scales, int64_t rows, int64_t width, bool bfloat16, int num_threads) {
+  py::gil_scoped_release unlocked;
+  tts::quantise_rows(address<const void>(x), address<uint8_t>(out), address<float>(scales), rows, width, element(bfloat16),
+                     num_threads);
+}
+
+void scale_rows(uintptr_t x, uintptr_t scales, uintptr_t more, int64_t more_stride, bool more_bfloat16, uintptr_t out, int64_t rows,
+                int64_t width, bool bfloat16, int num_threads) {
+  py::gil_scoped_release unlocked;
+  tts::scale_rows(address<const float>(x), address<const float>(scales), address<const void>(more), more_stride,
+                  element(more_bfloat16), address<void>(out), rows, width, element(bfloat16), num_threads);
+}
+
 void swiglu(uintptr_t gate_up, uintptr_t out, int64_t rows, int64_t width, bool bfloat16, int num_threads) {
   py::gil_scoped_release unlocked;
   tts::swiglu(address<const void>(gate_up), address<void>(out), rows, width, element(bfloat16), num_threads);
@@ -240,6 +253,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("bfloat16"), py::arg("instruction_set"), py::arg("num_threads"));
   module.def("rms_norm", rms_norm);
   module.def("rotate", rotate);
+  module.def("quantise_rows", quantise_rows);
+  module.def("scale_rows", scale_rows);
   module.def("swiglu", swiglu);
   module.def("sample", sample, py::arg("logits"), py::arg("num_logit_rows"), py::arg("vocab_size"), py::arg("temperature"),
              py::arg("rows").noconvert(), py::arg("keys").noconvert(), py::arg("identities").noconvert(),

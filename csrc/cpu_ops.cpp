@@ -20,6 +20,7 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 
 constexpr int64_t kWorthThreads = 1 << 16;  // elements from which a second thread pays
+constexpr float kLeastPeak = 1e-30f;         // below it a row counts as zeros: 127 divided by its peak must be finite
 
 // Rows as floats, whatever they are stored as.
 class Rows {
@@ -103,6 +104,29 @@ TTS_CLONES void silu_times(const float* gate, const float* up, int64_t count, fl
   }
 }
 
+// The largest |x|; NaN where any is not finite.
+TTS_CLONES float peak_of(const float* x, int64_t count) {
+  Floats tops = {}, zeros = {};
+  for (int64_t i = 0; i < count; i += 16) {
+    Floats here = {};
+    __builtin_memcpy(&here, x + i, std::min<int64_t>(16, count - i) * sizeof(float));
+    const Floats size = here < 0.0f ? -here : here;
+    tops = size > tops ? size : tops;
+    zeros += here * 0.0f;
+  }
+  float top = 0, zero = 0;
+  for (int lane = 0; lane < 16; ++lane) top = std::max(top, tops[lane]), zero += zeros[lane];
+  return top + zero;
+}
+
+TTS_CLONES void to_bytes(const float* x, float factor, int64_t count, uint8_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<uint8_t>(static_cast<int32_t>(x[i] * factor + 128.5f));
+}
+
+TTS_CLONES void scale_and_add(const float* x, float factor, const float* more, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = x[i] * factor + more[i];
+}
+
 }  // namespace
 
 void rms_norm(const void* x, int64_t x_stride, int64_t group, const void* weights, int64_t weight_rows, float epsilon, void* out,
@@ -137,6 +161,42 @@ void rotate(const void* x, int64_t x_stride, const float* cos, const float* sin,
         turn(here, cos + token * (width / 2), sin + token * (width / 2), width / 2, result.data());
         put(result.data(), width, out, (token * heads + head) * width, element);
       }
+  }
+}
+
+void quantise_rows(const void* x, uint8_t* out, float* scales, int64_t rows, int64_t width, Element element, int num_threads) {
+  const Rows from(x, element);
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && rows * width > kWorthThreads)
+  {
+    std::vector<float> room;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* here = from.at(row * width, width, room);
+      const float peak = peak_of(here, width);
+      scales[row] = peak / 127.0f;
+      if (peak >= kLeastPeak)
+        to_bytes(here, 127.0f / peak, width, out + row * width);
+      else  // all zeros, or not finite, which the scale tells
+        std::fill_n(out + row * width, width, uint8_t{128});
+    }
+  }
+}
+
+void scale_rows(const float* x, const float* scales, const void* more, int64_t more_stride, Element more_element, void* out,
+                int64_t rows, int64_t width, Element element, int num_threads) {
+  const Rows added(more, more_element);
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && rows * width > kWorthThreads)
+  {
+    std::vector<float> room, result(width);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* here = x + row * width;
+      if (more)
+        scale_and_add(here, scales[row], added.at(row * more_stride, width, room), width, result.data());
+      else
+        scale(here, scales[row], width, result.data());
+      put(result.data(), width, out, row * width, element);
+    }
   }
 }
 

@@ -17,6 +17,14 @@ void rms_norm(const void* x, int64_t x_stride, int64_t group, const void* weight
 void rotate(const void* x, int64_t x_stride, const float* cos, const float* sin, void* out, int64_t tokens, int64_t heads,
             int64_t width, Element element, int num_threads);
 
+// Rows of bytes: x [rows, width] is (out - 128) * scales [rows], as near as 255 steps of a row's own size allow. The scale of a row
+// with anything that is not finite is NaN.
+void quantise_rows(const void* x, uint8_t* out, float* scales, int64_t rows, int64_t width, Element element, int num_threads);
+
+// out [rows, width] = x * scales [rows] + more, rounded once; row i of `more`, which may be null, begins at i * more_stride.
+void scale_rows(const float* x, const float* scales, const void* more, int64_t more_stride, Element more_element, void* out,
+                int64_t rows, int64_t width, Element element, int num_threads);
+
 // SwiGLU: out [rows, width] = silu(gate) * up, gate_up [rows, 2 width] holding gate then up.
 void swiglu(const void* gate_up, void* out, int64_t rows, int64_t width, Element element, int num_threads);
 

@@ -50,6 +50,42 @@ def test_swiglu(rows, width, dtype):
     assert_as_defined(NativeOps().swiglu(x), TorchOps().swiglu(x), wide)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(0, 5), (1, 1), (3, 16), (7, 33), (64, 224), (300, 895)])
+def test_rows_of_bytes(rows, width, dtype):
+    x = drawn(rows, width, dtype=dtype)
+    x[: rows // 2] *= 1e-4
+    x[2:3] = 0
+    (out, scales), (ref, ref_scales) = (ops.quantise_rows(x) for ops in (NativeOps(), TorchOps()))
+    assert out.dtype == torch.uint8 and torch.equal(scales, ref_scales)
+    assert (out.int() - ref.int()).abs().max() <= 1 if rows else out.shape == ref.shape  # a half may go either way
+    assert ((out.double() - 128) * scales.double()[:, None] - x.double()).abs().sub(0.501 * scales[:, None]).le(0).all()
+
+
+def test_a_row_that_is_not_finite_is_told_by_its_scale():
+    x = drawn(5, 37, dtype=torch.float32)
+    x[1, 3], x[2, 36], x[4, 20] = torch.nan, torch.inf, -torch.inf
+    for ops in (NativeOps(), TorchOps()):
+        bytes_, scales = ops.quantise_rows(x)
+        out = ops.scale_rows(bytes_.float() - 128, scales, None, torch.float32)
+        assert out.isfinite().all(1).tolist() == [True, False, False, True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("more", ["nothing", "a bias", "a residual"])
+@pytest.mark.parametrize(("rows", "width"), [(0, 5), (1, 1), (3, 16), (7, 33), (300, 895)])
+def test_scaled_rows(rows, width, more, dtype):
+    x, scales = drawn(rows, width, dtype=torch.float32), drawn(rows, dtype=torch.float32, seed=1)
+    added = {"nothing": None, "a bias": drawn(width, dtype=torch.float32, seed=2), "a residual": drawn(rows, width, dtype=dtype)}[
+        more
+    ]
+    out, ref = (ops.scale_rows(x, scales, added, dtype) for ops in (NativeOps(), TorchOps()))
+    if rows:
+        wide = x.double() * scales.double()[:, None] + (0 if added is None else added.double())
+        assert_as_defined(out, ref, wide)
+    assert out.shape == ref.shape == (rows, width)
+
+
 def test_bits_depend_neither_on_other_rows_nor_on_threads():
     x, weight = drawn(400, 350, dtype=torch.float32), drawn(350, dtype=torch.float32, seed=1)
     ops, before = ops_for(x.device), torch.get_num_threads()

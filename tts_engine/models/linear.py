@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops import LEAST_PEAK, ops_for
+
 # Entries from which a packed matrix was faster at every number of rows, or as fast. Below, in float32, the call alone costs more
 # than the product, and others have met small matrices that a packed layout slows down a hundredfold.
 PACKED_FROM = {torch.float32: 1 << 21, torch.bfloat16: 1 << 19}
 PACKED_FOR = 32  # rows that the layout is chosen for; any number can be multiplied
-LEAST = 1e-30  # the smallest peak of a row: its quotient is finite
 FLOAT_ROWS = 1024  # rows of bytes that are made floats at a time, where only floats can be multiplied
 
 
@@ -84,24 +85,21 @@ class Int8:
         self._weight = torch.ops.onednn.qlinear_prepack(weight, None) if self._exact else weight.clone()
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        out = self._times(x)
-        if self._bias is not None:
-            out += self._bias
-        return out.to(dtype or x.dtype)
+        return self._times(x, self._bias, dtype or x.dtype)
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        return self._times(x).add_(residual).to(residual.dtype)
+        return self._times(x, residual, residual.dtype)
 
-    def _times(self, x: Tensor) -> Tensor:
-        peaks = x.abs().amax(1, keepdim=True).float().clamp_min_(LEAST)
-        bytes_ = (x * (127 / peaks)).add_(128.5).to(torch.uint8)  # 1 to 255; a byte is made by leaving the fraction out
+    def _times(self, x: Tensor, more: Tensor | None, dtype: torch.dtype) -> Tensor:
+        ops = ops_for(x.device)
+        bytes_, scales = ops.quantise_rows(x)
         if self._exact:
             out = torch.ops.onednn.qlinear_pointwise(bytes_, 1.0, 0, self._weight, self._scales, self._no_zeros, self._offsets,
                                                      1.0, 0, torch.float32, "none", [], "")  # fmt: skip
         else:
             centred = bytes_.float() - 128
             out = torch.cat([F.linear(centred, rows.float()) for rows in self._weight.split(FLOAT_ROWS)], 1) * self._scales
-        return out.mul_(peaks / 127)
+        return ops.scale_rows(out, scales, more, dtype)
 
 
 def activations(dtype: torch.dtype) -> torch.dtype:
@@ -123,7 +121,7 @@ def packs(entries: int, dtype: torch.dtype, device: torch.device | str) -> bool:
 def quantise(rows: Tensor, out: Tensor, scales: Tensor, sums: Tensor) -> None:
     """Write float32 rows [R, K], which are spoilt, to `out` int8 [R, K]; of a row `scales` [R], its peak / 127, and `sums` [R]."""
     torch.amax(rows.abs(), 1, out=scales)
-    scales.clamp_min_(LEAST).div_(127)
+    scales.clamp_min_(LEAST_PEAK).div_(127)
     out.copy_(rows.div_(scales[:, None]).round_())
     torch.sum(rows, 1, out=sums)
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .. import _C  # type: ignore[attr-defined]
 
+LEAST_PEAK = 1e-30  # a row below it counts as zeros: 127 divided by its peak must be finite
+
 
 class Ops(Protocol):
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -21,6 +23,14 @@ class Ops(Protocol):
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """gate_up [T, 2I] -> silu(gate) * up [T, I]."""
+        ...
+
+    def quantise_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> bytes uint8 [T, D], and float32 [T] each row's peak / 127: x is (bytes - 128) times that, to half of it."""
+        ...
+
+    def scale_rows(self, x: Tensor, scales: Tensor, more: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """x float32 [T, D] times scales [T], plus `more` [T, D] or [D] where there is some, in `dtype`."""
         ...
 
 
@@ -40,6 +50,15 @@ class TorchOps:
     def swiglu(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
+
+    def quantise_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        peaks = x.abs().amax(1).float()
+        steps = x * (127 / peaks.clamp_min(LEAST_PEAK))[:, None] + 128.5
+        return steps.nan_to_num(128.5).to(torch.uint8), peaks / 127  # 1 to 255; a byte is made by leaving the fraction out
+
+    def scale_rows(self, x: Tensor, scales: Tensor, more: Tensor | None, dtype: torch.dtype) -> Tensor:
+        scaled = x * scales[:, None]
+        return (scaled if more is None else scaled + more).to(dtype)
 
 
 class NativeOps:
@@ -62,6 +81,19 @@ class NativeOps:
         rows, width = gate_up.shape
         out = gate_up.new_empty(rows, width // 2)
         _C.swiglu(gate_up.data_ptr(), out.data_ptr(), rows, width // 2, *_how(gate_up))
+        return out
+
+    def quantise_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.contiguous()
+        out, scales = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(len(x), dtype=torch.float32)
+        _C.quantise_rows(x.data_ptr(), out.data_ptr(), scales.data_ptr(), *x.shape, *_how(x))
+        return out, scales
+
+    def scale_rows(self, x: Tensor, scales: Tensor, more: Tensor | None, dtype: torch.dtype) -> Tensor:
+        assert x.is_contiguous() and scales.is_contiguous() and (more is None or more.is_contiguous())
+        out = x.new_empty(x.shape, dtype=dtype)
+        given = (0, 0, False) if more is None else (more.data_ptr(), x.shape[1] * (more.dim() - 1), _how(more)[0])
+        _C.scale_rows(x.data_ptr(), scales.data_ptr(), *given, out.data_ptr(), *x.shape, *_how(out))
         return out
 
 
