@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip
 
-.PHONY: demo test faults soak bench
+.PHONY: demo test faults soak bench kernels
 
 demo: .venv/.installed
 	.venv/bin/tts-engine demo
@@ -19,6 +19,9 @@ soak: .venv/.installed
 
 bench: .venv/.installed
 	.venv/bin/python -m pytest -q bench
+
+kernels: .venv/.installed
+	.venv/bin/python -m tts_kernels.compiled
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else f"tts_engine needs Python 3.11 to 3.13 and $(PYTHON) is {v[0]}.{v[1]}: name another, as in make test PYTHON=python3.12")'

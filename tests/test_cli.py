@@ -172,6 +172,17 @@ def test_engine_options_are_the_settings_of_an_engine_and_state_their_defaults()
             assert defaults[name] in (None, False), name
 
 
+def test_what_can_be_named_is_named_in_the_help():
+    from tts_engine.attention import BACKENDS
+    from tts_engine.engine import DTYPES
+    from tts_engine.prm.families import FAMILIES
+    from tts_engine.steps import STEP_MARKERS
+
+    told = {name: text for name, _, text in cli.ENGINE_OPTIONS}
+    for option, names in {"backend": BACKENDS, "dtype": DTYPES, "prm_family": FAMILIES, "steps": STEP_MARKERS}.items():
+        assert all(name in told[option] for name in names), option
+
+
 # --- solve ----------------------------------------------------------------------------------------------------------------
 
 

@@ -85,7 +85,7 @@ ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
     ("load", str, "weights, or random: made up, from a config.json and a tokenizer alone (default weights)"),
     ("dtype", str, "float32, bfloat16, or int8: 8-bit products, on a CPU (default float32)"),
     ("device", str, "cpu or cuda (default cpu)"),
-    ("backend", str, "attention: native, per_branch or reference (default: native on a CPU)"),
+    ("backend", str, "attention: native, per_branch, reference; on a GPU triton_tree, triton_blind too (default: native on a CPU)"),
     ("kv_bytes", size, "keys and values of both models, in bytes; 512M, 4G (default 512M)"),
     ("block_size", whole, f"tokens a KV block (default 16; {BLOCK_SIZE} for the models that ship)"),
     ("max_rows", whole, "draws decoded side by side (default 512)"),
@@ -99,7 +99,7 @@ ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
         str,
         "what closes a step: blank-line, header (## Step), numbered (Step 1:), or so many tokens (default blank-line)",
     ),
-    ("prm_family", str, "qwen2.5-math-prm or math-shepherd, where the PRM's files do not say"),
+    ("prm_family", str, "qwen2.5-math-prm, math-shepherd, rlhflow, skywork or value-head, where the PRM's files do not say"),
     ("deterministic", None, "a problem's tokens never depend on what runs beside it; slower"),
 ]
 # Those of them that decide how a PRM reads.
