@@ -25,7 +25,7 @@ from .baselines.transformers_loop import TransformersPolicy, TransformersPRM, la
 pytestmark = pytest.mark.timeout(0)
 POLICY, PRM = "policy-s", "prm-good"
 PROBLEMS = 20
-ALIKE = 0.95  # of steps and of answers: what float32 leaves open, another arithmetic may decide otherwise, and all that follows
+ALIKE = 0.9  # of steps and of answers: what float32 leaves open, another arithmetic may decide otherwise, and all that follows
 
 
 @pytest.fixture(scope="module")

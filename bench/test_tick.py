@@ -1,11 +1,10 @@
 """Where the time of a tick goes: the model's, and everything around it.
 
-Microseconds a tick of the thread that runs the engine, by its own processor time, so that what else the machine does hardly
-counts: medians over the ticks of one run that have ROWS rows or nearly so. A part is what its method does itself, without the
-other parts that it calls; `engine` is whatever runs between ticks. `outside` is all but the decoder's forward and its logits, from
-a run of its own in which only these are timed; the parts come from a second run and hold what timing them takes, about a
-microsecond a call. The PRM's turns count nowhere. By default the larger model is a slice, see baselines/models.py; `--layers 24`
-takes all of it.
+Microseconds a tick on the thread that runs the engine: medians over the ticks of one run that have ROWS rows or nearly so. They are
+of a clock, not of processor time, whose reading can cost more than what is to be timed: a quiet machine is needed. A part is what
+its method does itself, without the other parts that it calls; `engine` is whatever runs between ticks. `outside` is all but the
+decoder's forward and its logits, from a run of its own in which only these are timed; the parts come from another. The PRM's turns
+count nowhere. By default the larger model is a slice, see baselines/models.py; `--layers 24` takes all of it.
 """
 
 import time
@@ -27,12 +26,12 @@ FORWARD, LOGITS, PRM, ENGINE = "GEMM", "logits", "PRM", "engine"
 
 
 class Stopwatch:
-    """Processor seconds of this thread by part, and a copy of them as each tick of a policy begins."""
+    """Seconds by part, and a copy of them as each tick of a policy begins."""
 
     def __init__(self, policy: room.Policy, patch: pytest.MonkeyPatch) -> None:
         self.seconds: Counter[str] = Counter()
         self.ticks: list[tuple[int, Counter[str]]] = []  # (rows, seconds so far)
-        self._patch, self._open, self._since = patch, [ENGINE], time.thread_time()
+        self._patch, self._open, self._since = patch, [ENGINE], time.perf_counter()
         tick = policy.tick
 
         def noted() -> None:
@@ -63,7 +62,7 @@ class Stopwatch:
         return [after - before for (rows, before), (_, after) in pairs if rows >= ROWS - 4]
 
     def _turn(self) -> None:
-        now = time.thread_time()
+        now = time.perf_counter()
         self.seconds[self._open[-1]] += now - self._since
         self._since = now
 
@@ -89,7 +88,8 @@ def run(engine: Engine, problems, method, patch: pytest.MonkeyPatch, *, every_pa
 
 
 def split(engine: Engine, problems, method) -> dict[str, float]:
-    """Two runs: what is outside forwards, and all parts; with how many full ticks they had."""
+    """Two runs after a rehearsal: what is outside forwards, and all parts; with how many full ticks they had."""
+    engine.search(problems, method)
     told: dict[str, float] = {}
     for every_part in (False, True):
         with pytest.MonkeyPatch.context() as patch:
