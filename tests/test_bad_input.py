@@ -903,7 +903,7 @@ OPTIONS = table(
     ("top-p NaN", ["--top-p", "nan"], "'nan' is not a number above 0"),
     ("top-k negative", ["--top-k", "-1"], "is not a whole number of at least 0"),
     ("dtype", ["--dtype", "int3"], "no dtype 'int3'"),
-    ("dtype not there", ["--dtype", "int8", "--device", "cuda"], "dtype int8 runs on a CPU only"),
+    ("dtype not there", ["--dtype", "int8", "--device", "cuda"], "finds 0 GPUs here|dtype int8 runs on a CPU only"),
     ("device", ["--device", "tpu"], "no device 'tpu'"),
     ("device no number", ["--device", "cuda:x"], "no device 'cuda:x'"),
     ("device blank", ["--device", ""], "no device ''"),

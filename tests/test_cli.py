@@ -252,7 +252,9 @@ def test_eval_counts_a_problem_that_cannot_be_searched_and_exits_1(run, given, t
 def test_ctrl_c_leaves_a_whole_journal_and_says_how_to_go_on(given, tmp_path):
     out = tmp_path / "run"
     slow = ["--method", "majority", "--n", "256", "--max-rows", "64"]  # all 600 problems take far longer than the first
-    child = shell("eval", *given, *slow, "--task", "embedded", "--split", "calibration", "--out", out)
+    # Whoever runs the tests in a shell's background has its interrupts ignored, and children would inherit that.
+    child = shell("eval", *given, *slow, "--task", "embedded", "--split", "calibration", "--out", out,
+                  preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     while child.poll() is None and (not (out / "problems.jsonl").exists() or not (out / "problems.jsonl").stat().st_size):
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)

@@ -387,7 +387,8 @@ def test_a_pool_without_a_single_block_is_refused(models):
 
 @pytest.mark.parametrize(
     ("setting", "complaint"),
-    [({"dtype": "int3"}, "no dtype 'int3'"), ({"max_rows": 0}, "max_rows=0"), ({"backend": "fast"}, "fast"),
+    [({"dtype": "int3"}, "no dtype 'int3'"), ({"dtype": "int8", "device": "cuda"}, "int8 runs on a CPU only, not on cuda"),
+     ({"max_rows": 0}, "max_rows=0"), ({"backend": "fast"}, "fast"),
      ({"deterministic": True, "backend": "per_branch"}, "not batch-invariant"), ({"rows": 3}, "rows")],
     ids=str,
 )  # fmt: skip
