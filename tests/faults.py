@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT = ("csrc", "tts_engine", "tests", "setup.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE")
+KEPT = ("csrc", "kernels", "tts_engine", "tests", "setup.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ FAULTS = [
           "read_at=-1, readout=TwoClassHead()", "read_at=-2, readout=TwoClassHead()",
           "tests/prm/test_families.py::test_markers_stand_at_the_read_positions_and_nowhere_else"),
     Fault("draw numbers restarted", "tts_engine/search/driver.py",
-          "self._drawn[branch.identity, lane] += 1", "self._drawn[branch.identity, lane] = 0",
+          "self._drawn[branch.identity, lane] = number + 1", "self._drawn[branch.identity, lane] = number",
           "tests/search/test_driver.py::test_each_entry_is_its_parents_next_draw_and_a_second_visit_draws_anew"),
     Fault("the lane left out of a draw's identity", "tts_engine/branch.py",
           "packed = struct.pack(f\"<QI{len(lane)}IQ\", parent, len(lane), *lane, draw)", "packed = struct.pack(\"<QQ\", parent, draw)",
@@ -79,8 +79,13 @@ FAULTS = [
           "counter[..., 1] = positions.astype(np.uint32)[:, None]", "counter[..., 1] = 0",
           "tests/test_sampling.py::test_any_other_identity_position_or_key_draws_other_numbers"),
     Fault("a preempted draw starts over", "tts_engine/policy.py",
-          "row.tokens = self._tokens[place, : self._length[place]].tolist()", "row.tokens = self._tokens[place, :1].tolist()",
+          "self.preemptions += 1", "self.preemptions += 1; del row.tokens[1:]",
           "tests/test_policy.py::test_preempted_draws_resume_behind_the_tokens_they_have"),
+    Fault("those below a step that is read in part miss its end", "csrc/tree_plan.cpp",
+          "if (own_end < forest.len[node]) {", "if (false) {",
+          "tests/attention/test_tree_plan.py::test_items_cover_each_token_and_what_it_sees_exactly_once"),
+    Fault("bytes moved by one step too few", "tts_engine/models/linear.py",
+          "self._offsets = -128 * scales * sums", "self._offsets = -127 * scales * sums", "tests/models/test_linear.py::test_int8"),
     Fault("a finished branch costs draws", "tts_engine/search/beam_search.py",
           "draws = self.n if self.rules.finished == \"refill\" else self.width * len(live)", "draws = self.n",
           "tests/search/test_beam_search.py::test_paper_finished_branches_compete_and_all_of_them_are_voted"),
