@@ -45,6 +45,20 @@ class BatchLayout:
     def context_slots(self) -> np.ndarray:
         return self.paths.context_slots
 
+    @property
+    def ends(self) -> np.ndarray:
+        """int32 [B], tokens of the row's own node up to its last."""
+        return self.starts + np.diff(self.row_starts)
+
+    def continues(self, rows: np.ndarray, ends: np.ndarray) -> bool:
+        """Whether these are the rows that had come to `ends` before, each one token further."""
+        return (
+            len(self.rows) == len(rows) == len(self.write_slots)
+            and np.array_equal(self.rows, rows)
+            and np.array_equal(self.starts, ends)
+            and np.array_equal(self.ends, ends + 1)
+        )
+
     def only(self, read_at: np.ndarray) -> "BatchLayout":
         """The layout of the last layer: all keys and values written, but attention for the tokens read_at alone.
 

@@ -42,9 +42,8 @@ class NativeAttention:
         self._last: _Plan | None = None
 
     def plan(self, layout: BatchLayout) -> _Plan:
-        ends = layout.starts + np.diff(layout.row_starts)
-        last = self._last
-        if last is not None and self._goes_on(last, layout, ends) and last.tree.grow(layout.write_slots):
+        ends, last = layout.ends, self._last
+        if last is not None and layout.continues(last.rows, last.ends) and last.tree.grow(layout.write_slots):
             last.write_slots, last.ends = layout.write_slots, ends
             return last
         tree = _C.TreePlan(layout.paths.forest, layout.starts, layout.row_starts, max_queries=MAX_QUERIES, split=SPLIT,
@@ -66,13 +65,3 @@ class NativeAttention:
                           num_heads=heads, num_kv_heads=k.shape[1], head_dim=dim, bfloat16=q.dtype == torch.bfloat16,
                           instruction_set=self.instruction_set, num_threads=torch.get_num_threads())  # fmt: skip
         return out
-
-    @staticmethod
-    def _goes_on(last: _Plan, layout: BatchLayout, ends: np.ndarray) -> bool:
-        """The same rows, each one token further."""
-        return (
-            len(layout.rows) == len(last.rows) == len(layout.write_slots)
-            and np.array_equal(layout.rows, last.rows)
-            and np.array_equal(layout.starts, last.ends)
-            and np.array_equal(ends, last.ends + 1)
-        )

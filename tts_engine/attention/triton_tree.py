@@ -53,10 +53,15 @@ class TritonTreeAttention:
         self._last: _Plan | None = None
 
     def plan(self, layout: BatchLayout) -> _Plan:
-        ends = layout.starts + np.diff(layout.row_starts)
+        ends = layout.ends
         plan = _Plan(layout, torch.from_numpy(layout.write_slots).to(self._device, non_blocking=True), ends)
         last = self._last
-        if last is not None and last.tree is not None and _goes_on(last, layout, ends) and last.tree.grow(layout.write_slots):
+        if (
+            last is not None
+            and last.tree is not None
+            and layout.continues(last.layout.rows, last.ends)
+            and last.tree.grow(layout.write_slots)
+        ):
             plan.tree, plan.rows = last.tree, last.rows
             plan.tables = tables_of(last.tree, self._device)
         self._last = plan
@@ -150,13 +155,3 @@ def tables_of(plan: "_C.TreePlan", device: torch.device | str) -> Any:
         for start, (name, column) in zip(starts, columns.items(), strict=False)
     }
     return Tables(**tables, num_partials=plan.num_partials)
-
-
-def _goes_on(last: _Plan, layout: BatchLayout, ends: np.ndarray) -> bool:
-    """The same rows, each one token further."""
-    return (
-        len(layout.rows) == len(last.layout.rows) == len(layout.write_slots)
-        and np.array_equal(layout.rows, last.layout.rows)
-        and np.array_equal(layout.starts, last.ends)
-        and np.array_equal(ends, last.ends + 1)
-    )
