@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 
-from . import lm_head_sample, merge, prm_score, sample, store_kv, tree_attention
+from . import advance, lm_head_sample, merge, prm_score, sample, store_kv, tree_attention
 from .launch import Launch
 
 CAPABILITIES = (90, 80)
@@ -62,6 +62,14 @@ def variants() -> Iterator[tuple[str, Launch]]:
                     lm_head_sample.prepare(wide, wide, place, ints(draws, 2), place, place, best, best.long(), 0.7, capability=cc),
                 )
         logits, best, token = torch.zeros(4, 128_256), torch.zeros(4, 16), torch.zeros(4, 16, dtype=torch.int64)
+        numbers, one = {name: at for name in ("token", "position", "next_position", "slot")}, ints(4)
+        rows = advance.Rows(**numbers, slots=at[None].repeat(3, 1), state=one, room=one, grown=one, drawn=one, stop=one,
+                            tokens=ints(2, 4))  # fmt: skip
+        for after in (torch.zeros(5, 128_256, dtype=torch.uint8), None):
+            yield (
+                f"advance {'counts' if after is None else 'table'} sm_{cc}",
+                advance.prepare(rows, at, scores, after, torch.zeros(128_256, dtype=torch.uint8), last_state=2, capability=cc),
+            )
         yield f"sample sm_{cc}", sample.prepare(logits, at, ints(4, 2), at, at, best, token, 0.7, capability=cc)
 
 
