@@ -17,7 +17,7 @@ ROWS = 128  # of one program
 
 # Why a row has stopped; 0 while it goes on. One token may do several.
 ENDED, CLOSED, CUT, FAULT, NOBODY = 1, 2, 4, 8, 16
-# NOBODY: padding, stopped from the start. FAULT: what its token won by is no finite number.
+# NOBODY: padding, stopped from the start. FAULT: what was drawn is no token, see kernels/sample.py.
 
 STOPPED = -(1 << 30)  # what a row has grown by once it stopped: fewer tokens than any step has
 
@@ -40,15 +40,16 @@ class Rows:
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _advance(new, won, after, ends, token, position, next_position, slot, slots, state, room, grown, drawn, stop, tokens, num_rows,
+def _advance(new, after, ends, token, position, next_position, slot, slots, state, room, grown, drawn, stop, tokens, num_rows,
              VOCAB: tl.constexpr, TICKS: tl.constexpr, LAST_STATE: tl.constexpr, COUNTS: tl.constexpr, ROWS: tl.constexpr,
              ENDED: tl.constexpr, CLOSED: tl.constexpr, CUT: tl.constexpr, FAULT: tl.constexpr,
              STOPPED: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = (row < num_rows) & (tl.load(stop + row, mask=row < num_rows, other=1) == 0)
-    taken = tl.load(new + row, mask=live, other=0)
+    given = tl.load(new + row, mask=live, other=0)
+    taken = tl.maximum(given, 0)
     before = tl.load(drawn + row, mask=live, other=0)
-    tl.store(tokens + before.to(tl.int64) * num_rows + row, taken.to(tl.int32), mask=live)
+    tl.store(tokens + before.to(tl.int64) * num_rows + row, given.to(tl.int32), mask=live)
     at = tl.load(state + row, mask=live, other=0)
     if COUNTS:
         at = tl.maximum(at - 1, LAST_STATE)
@@ -57,8 +58,7 @@ def _advance(new, won, after, ends, token, position, next_position, slot, slots,
     left = tl.load(room + row, mask=live, other=0) - 1
     why = (tl.load(ends + taken, mask=live, other=0) != 0).to(tl.int32) * ENDED
     why += (at == LAST_STATE).to(tl.int32) * CLOSED + (left <= 0).to(tl.int32) * CUT
-    margin = tl.load(won + row, mask=live, other=0.0)
-    why += (1 - (tl.abs(margin) < float("inf")).to(tl.int32)) * FAULT
+    why += (given < 0).to(tl.int32) * FAULT
     goes_on = why == 0
     place = tl.load(next_position + row, mask=live, other=0)
     to = tl.where(goes_on, before + 1, TICKS).to(tl.int64)
@@ -73,12 +73,12 @@ def _advance(new, won, after, ends, token, position, next_position, slot, slots,
     tl.store(stop + row, why, mask=live)
 
 
-def prepare(rows: Rows, new: Tensor, won: Tensor, after: Tensor | None, ends: Tensor, *, last_state: int,
+def prepare(rows: Rows, new: Tensor, after: Tensor | None, ends: Tensor, *, last_state: int,
             capability: int) -> Launch:  # fmt: skip
     return Launch(
         kernel=_advance,
         grid=(triton.cdiv(len(new), ROWS),),
-        arguments=dict(new=new, won=won, after=ends if after is None else after, ends=ends,
+        arguments=dict(new=new, after=ends if after is None else after, ends=ends,
                        **{field.name: getattr(rows, field.name) for field in fields(rows)}, num_rows=len(new), VOCAB=len(ends),
                        TICKS=len(rows.tokens), LAST_STATE=last_state, COUNTS=after is None, ROWS=ROWS, ENDED=ENDED, CLOSED=CLOSED,
                        CUT=CUT, FAULT=FAULT, STOPPED=STOPPED),
@@ -86,15 +86,14 @@ def prepare(rows: Rows, new: Tensor, won: Tensor, after: Tensor | None, ends: Te
     )  # fmt: skip
 
 
-def advance(rows: Rows, new: Tensor, won: Tensor, after: Tensor | None, ends: Tensor, *, last_state: int) -> None:
-    """Give rows that go on their tokens new int64 [B], which won by float32 [B], a logit or its logarithm; the others change
-    in nothing.
+def advance(rows: Rows, new: Tensor, after: Tensor | None, ends: Tensor, *, last_state: int) -> None:
+    """Give rows that go on their tokens new int64 [B]; the others change in nothing.
 
     after uint8 [states, V]: the step rule's state behind one more token; None where a state counts the tokens down that are left.
     The step is whole at `last_state`. ends uint8 [V]: not 0 for tokens that end the whole text.
     """
     columns = [getattr(rows, field.name) for field in fields(rows)]
     assert all(column.is_contiguous() and column.shape[-1] == len(new) for column in columns)
-    assert new.dtype == torch.int64 and new.is_contiguous() and won.is_contiguous() and len(won) == len(new)
+    assert new.dtype == torch.int64 and new.is_contiguous()
     assert len(rows.slots) == len(rows.tokens) + 1 and (after is None or after.shape[1] == len(ends))
-    prepare(rows, new, won, after, ends, last_state=last_state, capability=capability(new.device)).run()
+    prepare(rows, new, after, ends, last_state=last_state, capability=capability(new.device)).run()

@@ -68,7 +68,7 @@ def variants() -> Iterator[tuple[str, Launch]]:
         for after in (torch.zeros(5, 128_256, dtype=torch.uint8), None):
             yield (
                 f"advance {'counts' if after is None else 'table'} sm_{cc}",
-                advance.prepare(rows, at, scores, after, torch.zeros(128_256, dtype=torch.uint8), last_state=2, capability=cc),
+                advance.prepare(rows, at, after, torch.zeros(128_256, dtype=torch.uint8), last_state=2, capability=cc),
             )
         yield f"sample sm_{cc}", sample.prepare(logits, at, ints(4, 2), at, at, best, token, 0.7, capability=cc)
 

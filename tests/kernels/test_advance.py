@@ -33,7 +33,7 @@ def some_rows(count: int, ticks: int, gen: np.random.Generator, states: int) -> 
     return Rows(**{name: torch.from_numpy(column.copy()) for name, column in columns.items()})
 
 
-def advanced(rows: Rows, new, won, after, ends) -> Rows:
+def advanced(rows: Rows, new, after, ends) -> Rows:
     """The definition."""
     row = {field.name: getattr(rows, field.name).numpy().copy() for field in fields(rows)}
     for b in range(len(new)):
@@ -42,8 +42,9 @@ def advanced(rows: Rows, new, won, after, ends) -> Rows:
         row["tokens"][row["drawn"][b], b] = new[b]
         row["drawn"][b] += 1
         row["room"][b] -= 1
-        row["state"][b] = max(row["state"][b] - 1, LAST) if after is None else after[row["state"][b], new[b]]
-        reasons = {ENDED: ends[new[b]], CLOSED: row["state"][b] == LAST, CUT: row["room"][b] <= 0, FAULT: not np.isfinite(won[b])}
+        token = max(new[b], 0)
+        row["state"][b] = max(row["state"][b] - 1, LAST) if after is None else after[row["state"][b], token]
+        reasons = {ENDED: ends[token], CLOSED: row["state"][b] == LAST, CUT: row["room"][b] <= 0, FAULT: new[b] < 0}
         row["stop"][b] = sum(reason for reason, holds in reasons.items() if holds)
         if row["stop"][b]:
             row["slot"][b], row["grown"][b] = row["slots"][-1, b], STOPPED
@@ -64,10 +65,9 @@ def test_rows_take_their_tokens_go_on_and_stop_as_the_definition_says(count, cou
     ends = (np.arange(VOCAB) == 3).astype(np.uint8)
     seen = set()
     for _ in range(ticks):
-        new, won = gen.integers(0, VOCAB, count), gen.normal(size=count).astype(np.float32)
-        won[gen.random(count) < 0.03] = gen.choice([np.nan, np.inf, -np.inf])
-        expected = advanced(rows, new, won, after, ends)
-        kernel.advance(rows, torch.from_numpy(new), torch.from_numpy(won), None if after is None else torch.from_numpy(after),
+        new = np.where(gen.random(count) < 0.03, -1, gen.integers(0, VOCAB, count))
+        expected = advanced(rows, new, after, ends)
+        kernel.advance(rows, torch.from_numpy(new), None if after is None else torch.from_numpy(after),
                        torch.from_numpy(ends), last_state=LAST)  # fmt: skip
         for field in fields(Rows):
             assert torch.equal(getattr(rows, field.name), getattr(expected, field.name)), field.name
@@ -86,6 +86,6 @@ def test_a_row_that_goes_all_the_way_ends_at_its_last_slot_and_one_that_stops_wa
     ends, after, written = torch.zeros(VOCAB, dtype=torch.uint8), torch.zeros(1, VOCAB, dtype=torch.uint8), []
     for _ in range(3):
         written.append(rows.slot.tolist())
-        kernel.advance(rows, torch.tensor([5, 6]), torch.zeros(2), after, ends, last_state=LAST)
+        kernel.advance(rows, torch.tensor([5, 6]), after, ends, last_state=LAST)
     assert written == [[0, 1], [2, 3], [4, 7]] and rows.slot.tolist() == [6, 7]
     assert rows.stop.tolist() == [0, CUT] and rows.drawn.tolist() == [3, 2] and rows.position.tolist() == [10, 8]
