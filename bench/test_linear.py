@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from tts_engine.models.linear import Int8, Packed, Plain, quantise
+from tts_engine.models.linear import Int8, Packed, Plain, Widened, quantise
 
 pytestmark = pytest.mark.timeout(0)
 COPIES = 4
@@ -38,6 +38,7 @@ FORMS = {
     "float32 packed": (Packed, torch.float32),
     "bfloat16": (Plain, torch.bfloat16),
     "bfloat16 packed": (Packed, torch.bfloat16),
+    "bfloat16 widened": (Widened, torch.bfloat16),
 }
 
 

@@ -9,6 +9,7 @@
 
 #include "cpu_ops.h"
 #include "kv_tree.h"
+#include "linear.h"
 #include "sampling.h"
 #include "tree_attention.h"
 #include "tree_plan.h"
@@ -158,6 +159,19 @@ void swiglu(uintptr_t gate_up, uintptr_t out, int64_t rows, int64_t width, bool 
   tts::swiglu(address<const void>(gate_up), address<void>(out), rows, width, element(bfloat16), num_threads);
 }
 
+void linear(uintptr_t x, bool x_bfloat16, uintptr_t packed, bool packed_bfloat16, uintptr_t more, int64_t more_stride, uintptr_t out, bool bfloat16,
+            int64_t num_tokens, int64_t rows, int64_t columns, int num_threads) {
+  py::gil_scoped_release unlocked;
+  tts::linear({address<const void>(x), element(x_bfloat16), address<const void>(packed), element(packed_bfloat16), address<const void>(more), more_stride,
+               address<void>(out), element(bfloat16), num_tokens, rows, columns},
+              num_threads);
+}
+
+void pack(uintptr_t weight, uintptr_t packed, bool bfloat16, int64_t rows, int64_t columns, int num_threads) {
+  py::gil_scoped_release unlocked;
+  tts::pack(address<const void>(weight), address<void>(packed), element(bfloat16), rows, columns, num_threads);
+}
+
 Array<int64_t> sample(uintptr_t logits, int64_t num_logit_rows, int32_t vocab_size, float temperature, const Array<int64_t>& rows,
                       const Array<uint32_t>& keys, const Array<uint64_t>& identities, const Array<int64_t>& positions,
                       int num_threads) {
@@ -256,6 +270,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("quantise_rows", quantise_rows);
   module.def("scale_rows", scale_rows);
   module.def("swiglu", swiglu);
+  module.def("multiplies_floats", &tts::multiplies_floats);
+  module.def("multiplies_pairs", &tts::multiplies_pairs);
+  module.def("packed_entries", &tts::packed_entries);
+  module.def("pack", pack);
+  module.def("linear", linear);
   module.def("sample", sample, py::arg("logits"), py::arg("num_logit_rows"), py::arg("vocab_size"), py::arg("temperature"),
              py::arg("rows").noconvert(), py::arg("keys").noconvert(), py::arg("identities").noconvert(),
              py::arg("positions").noconvert(), py::arg("num_threads"));

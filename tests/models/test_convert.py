@@ -56,10 +56,9 @@ def equal(a, b):
 
 def all_tensors(decoder):
     weights = decoder.weights
-    layers = weights.layers
-    linears = [m for layer in layers for m in (*layer.heads, layer.out, layer.gate_up, layer.down)] + [weights.lm_head]
-    matrices = [t for linear in linears if linear is not None for t in (linear.weight, linear.bias) if t is not None]
-    return [weights.embedding, weights.norm, *matrices]
+    tables = [*weights.linears, weights.embedding]
+    biases = [linear.bias for linear in weights.linears if linear.bias is not None]
+    return [weights.norm, *biases, *(table.rows(torch.arange(table.shape[0])) for table in tables)]
 
 
 # --- what is written ------------------------------------------------------------------------------------------------------

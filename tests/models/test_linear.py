@@ -8,18 +8,22 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from tts_engine import _C
 from tts_engine.models import linear
-from tts_engine.models.linear import Int8, Packed, Plain, multiplies_bytes, packs, quantise
+from tts_engine.models.linear import Int8, Packed, Plain, Widened, float_form, multiplies_bytes, quantise
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (33, 64), (97, 48), (129, 257), (301, 350)]  # N, K
 ROWS = [0, 1, 5, 33]
 needs_packing = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+needs_floats = pytest.mark.skipif(not _C.multiplies_floats(), reason="our own product needs AVX-512")
 needs_bf16 = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here")
 FORMS = [
     pytest.param(Plain, torch.float32, id="plain-float32"),
     pytest.param(Plain, torch.bfloat16, id="plain-bfloat16"),
     pytest.param(Packed, torch.float32, id="packed-float32", marks=needs_packing),
     pytest.param(Packed, torch.bfloat16, id="packed-bfloat16", marks=[needs_packing, needs_bf16]),
+    pytest.param(Widened, torch.float32, id="widened-float32", marks=needs_floats),
+    pytest.param(Widened, torch.bfloat16, id="widened-bfloat16", marks=needs_floats),
 ]
 
 
@@ -124,13 +128,24 @@ def test_a_number_that_is_none_spoils_its_own_row_only(bad):
     assert not out[1].isfinite().any() and torch.equal(out[::2], clean[::2])
 
 
-@pytest.mark.skipif(not multiplies_bytes(), reason="this processor has no exact products of bytes")
+BY_ROW = [
+    pytest.param(lambda weight, bias: int8_of(weight, bias)[0], torch.bfloat16, id="int8",
+                 marks=pytest.mark.skipif(not multiplies_bytes(), reason="this processor has no exact products of bytes")),
+    pytest.param(lambda weight, bias: Widened(weight, bias), torch.float32, id="widened-float32", marks=needs_floats),
+    pytest.param(lambda weight, bias: Widened(weight.bfloat16(), bias.bfloat16()), torch.bfloat16, id="widened-bfloat16",
+                 marks=needs_floats),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("shape", [(97, 48), (129, 257), (320, 640)], ids=str)
-def test_the_bits_of_an_int8_row_depend_on_that_row_alone(shape, threads):
+@pytest.mark.parametrize("shape", [(97, 48), (129, 257), (320, 640), (33, 40_000)], ids=str)
+@pytest.mark.parametrize(("made", "dtype"), BY_ROW)
+def test_where_a_form_goes_by_row_the_bits_of_a_row_depend_on_that_row_alone(made, dtype, shape, threads):
+    """The last shape is of rows so long that only a few of them are multiplied at a time."""
     before = torch.get_num_threads()
-    x, residual = drawn(80, shape[1], dtype=torch.bfloat16), drawn(80, shape[0], dtype=torch.bfloat16, seed=2)
-    form, _ = int8_of(drawn(*shape, seed=1), drawn(shape[0], seed=3))
+    x, residual = drawn(80, shape[1], dtype=dtype), drawn(80, shape[0], dtype=dtype, seed=2)
+    form = made(drawn(*shape, seed=1), drawn(shape[0], seed=3))
+    assert form.by_row
     whole, added = form(x, torch.float32), form.added_to(residual, x)
     try:
         torch.set_num_threads(threads)
@@ -140,6 +155,14 @@ def test_the_bits_of_an_int8_row_depend_on_that_row_alone(shape, threads):
         assert torch.equal(form(x.flip(0), torch.float32).flip(0), whole)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("form", "dtype"), [form for form in FORMS if form.values[0] is not Packed])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_are_found_again(form, dtype, shape):
+    weight = drawn(*shape, dtype=dtype)
+    numbers = torch.tensor([0, shape[0] - 1, shape[0] // 2, 0])
+    assert torch.equal(form(weight).rows(numbers), weight[numbers])
 
 
 def test_sums_that_32_bits_cannot_hold_are_not_left_to_them():
@@ -169,7 +192,14 @@ def test_a_processor_without_products_of_bytes_gets_them_from_floats(isa):
 
 
 @needs_packing
+@pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "floats"])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)], ids=str)
-def test_a_matrix_is_packed_from_some_size_on_where_oneDNN_is(dtype):
+def test_what_is_fastest_is_chosen_by_processor_dtype_and_size(monkeypatch, dtype, pairs):
+    monkeypatch.setattr(linear._C, "multiplies_pairs", lambda: pairs)
+    monkeypatch.setattr(linear._C, "multiplies_floats", lambda: True)
     entries = linear.PACKED_FROM[dtype]
-    assert packs(entries, dtype, "cpu") and not packs(entries - 1, dtype, "cpu") and not packs(entries, dtype, "cuda")
+    by_size = [float_form(number, dtype, "cpu") for number in (entries - 1, entries)]
+    assert by_size == ([Widened, Widened] if dtype == torch.bfloat16 and not pairs else [Plain, Packed])
+    assert float_form(entries, dtype, "cpu", deterministic=True) is Widened and float_form(entries, dtype, "cuda") is Plain
+    monkeypatch.setattr(linear._C, "multiplies_floats", lambda: False)
+    assert [float_form(number, dtype, "cpu", deterministic=True) for number in (entries - 1, entries)] == [Plain, Packed]

@@ -30,10 +30,9 @@ def sharded(tmp_path):
 
 def all_tensors(decoder):
     weights = decoder.weights
-    layers = weights.layers
-    linears = [m for layer in layers for m in (*layer.heads, layer.out, layer.gate_up, layer.down)] + [weights.lm_head]
-    matrices = [t for linear in linears if linear is not None for t in (linear.weight, linear.bias) if t is not None]
-    return [weights.embedding, weights.norm, *matrices]
+    tables = [*weights.linears, weights.embedding]
+    biases = [linear.bias for linear in weights.linears if linear.bias is not None]
+    return [weights.norm, *biases, *(table.rows(torch.arange(table.shape[0])) for table in tables)]
 
 
 def edit_json(path, change):
@@ -65,7 +64,7 @@ def test_tensors_are_converted_one_by_one_to_the_wanted_dtype(checkpoint):
 def test_a_tied_checkpoint_shares_one_tensor(tmp_path):
     random_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
     weights = load_decoder(tmp_path).weights
-    assert weights.lm_head.weight is weights.embedding
+    assert weights.lm_head is weights.embedding
 
 
 def test_bytes_are_the_same_in_whatever_blocks_they_are_made(checkpoint, monkeypatch):
@@ -78,7 +77,7 @@ def test_bytes_are_the_same_in_whatever_blocks_they_are_made(checkpoint, monkeyp
         a, b, c = (getattr(w if name == "lm_head" else w.layers[0], name) for w in (whole, few, wide))
         assert torch.equal(a(x), b(x))
         assert 0 < (a(x, torch.float32) - c(x.float())).abs().max() < 0.05 * c(x.float()).abs().max()
-    assert whole.embedding.dtype == whole.norm.dtype == whole.layers[0].mlp_norm.dtype == torch.bfloat16
+    assert whole.embedding.weight.dtype == whole.norm.dtype == whole.layers[0].mlp_norm.dtype == torch.bfloat16
 
 
 def test_an_unused_lm_head_of_a_prm_is_not_read(checkpoint):
@@ -191,7 +190,10 @@ def test_a_made_up_tensor_hangs_on_its_name_alone(bare):
     assert torch.equal(weights[1].out.weight, first["o"])
     different = [*first.values(), read("q", 0)]
     assert all((a - b).abs().mean() > 0.05 for i, a in enumerate(different) for b in different[:i])
-    assert torch.equal(load_decoder(RandomCheckpoint(source.directory)).weights.embedding, load_decoder(source).weights.embedding)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(*(all_tensors(load_decoder(s)) for s in (RandomCheckpoint(source.directory), source)), strict=True)
+    )
 
 
 def test_without_weights_any_tensor_can_be_had_and_a_config_is_still_needed(bare, tmp_path):

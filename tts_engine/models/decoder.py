@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..attention.base import AttentionBackend
 from ..kv.cache import KVCache
-from .linear import Linear
+from .linear import Linear, Table
 from .ops import ops_for
 from .spec import DecoderSpec
 
@@ -41,33 +41,39 @@ class LayerWeights:
 class DecoderWeights:
     """All tensors of a decoder on one device; what is no matrix to be multiplied with is of one dtype, that of the activations."""
 
-    embedding: Tensor  # [V, d]
+    embedding: Table  # [V, d]
     layers: list[LayerWeights]
     norm: Tensor  # [d]
     lm_head: Linear | None  # [V, d]; None where the checkpoint has no use for it
     head_row: Callable[[int], Tensor] | None  # a token's row [d] of the lm_head before any quantising
 
+    @property
+    def linears(self) -> list[Linear]:
+        matrices = [m for layer in self.layers for m in (*layer.heads, layer.out, layer.gate_up, layer.down)]
+        return matrices if self.lm_head is None else [*matrices, self.lm_head]
+
 
 class Decoder:
     """A decoder's forward, in inference only.
 
-    With `deterministic`, a row's bits depend on nothing but that row: all work outside attention is done on tiles of ROW_TILE
-    rows, zero-padded, so that every GEMM has the same shape whatever the batch. Attention must then be batch-invariant too
-    (`reference`). Bits may still differ between machines, numbers of threads, and versions of PyTorch.
+    With `deterministic`, a row's bits depend on nothing but that row: where a matrix does not see to that, all work outside
+    attention is done on tiles of ROW_TILE rows, zero-padded, so that every GEMM has the same shape whatever the batch. Attention
+    must then be batch-invariant too. Bits may still differ between machines, numbers of threads, and versions of PyTorch.
     """
 
     def __init__(self, spec: DecoderSpec, weights: DecoderWeights, *, deterministic: bool = False) -> None:
-        self.spec, self.weights, self.deterministic = spec, weights, deterministic
-        self._rotary = _RotaryTables(spec, weights.embedding.device)
-        self._ops = ops_for(weights.embedding.device)
+        self.spec, self.weights = spec, weights
+        self._tiled = deterministic and not all(linear.by_row for linear in weights.linears)
+        self._rotary = _RotaryTables(spec, self.device)
+        self._ops = ops_for(self.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.weights.embedding.dtype
+        return self.weights.norm.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.weights.embedding.device
+        return self.weights.norm.device
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, positions: Tensor, *, cache: KVCache, backend: AttentionBackend, plan: Any,
@@ -80,7 +86,7 @@ class Decoder:
         """
         spec = self.spec
         heads = spec.num_heads
-        x = self.weights.embedding.index_select(0, token_ids)
+        x = self.weights.embedding.rows(token_ids)
         cos, sin = self._rotary.at(positions)
         for i, layer in enumerate(self.weights.layers[:-1]):
             qk, v = self._by_rows(partial(self._heads, 0, layer.heads[0]), layer, x, cos, sin)
@@ -104,7 +110,7 @@ class Decoder:
         return logits
 
     def _by_rows(self, work: Callable[..., tuple[Tensor, ...]], weights: Any, *rows: Tensor) -> tuple[Tensor, ...]:
-        return in_tiles(work, weights, *rows) if self.deterministic else work(weights, *rows)
+        return in_tiles(work, weights, *rows) if self._tiled else work(weights, *rows)
 
     def _heads(self, first: int, linear: Linear, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, d]; cos, sin [T, D/2] -> the heads from `first` on that `linear` makes, [T, heads, D]: those that turn with their

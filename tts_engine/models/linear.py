@@ -2,7 +2,8 @@
 
 GFLOP/s on one core of a Xeon (Sapphire Rapids, AMX off) at 1 / 4 / 16 / 64 rows, W 9728 x 896; the others differ by a tenth:
 float32 7 / 13 / 45 / 102, packed 7 / 23 / 60 / 116; bfloat16 8 / 25 / 51 / 73, packed 10 / 33 / 62 / 78; bytes through
-`torch._int_mm` 20 / 46 / 153 / 362, through oneDNN 24 / 87 / 201 / 420.
+`torch._int_mm` 20 / 46 / 153 / 362, through oneDNN 24 / 87 / 201 / 420. On two cores: bfloat16 packed 21 / 66 / 124 / 152, widened
+25 / 82 / 199 / 257; float32 packed 14 / 46 / 123 / 233, by our own product 15 / 53 / 143 / 238.
 """
 
 from functools import cache
@@ -12,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _C  # type: ignore[attr-defined]
 from .ops import LEAST_PEAK, ops_for
 
 # Entries from which a packed matrix was faster at every number of rows, or as fast. Below, in float32, the call alone costs more
 # than the product, and others have met small matrices that a packed layout slows down a hundredfold.
 PACKED_FROM = {torch.float32: 1 << 21, torch.bfloat16: 1 << 19}
 PACKED_FOR = 32  # rows that the layout is chosen for; any number can be multiplied
+PANEL = 32  # rows of a matrix that csrc/linear.cpp keeps side by side
 FLOAT_ROWS = 1024  # rows of bytes that are made floats at a time, where only floats can be multiplied
 
 
@@ -25,6 +28,7 @@ class Linear(Protocol):
     """W [N, K], and where there is one a bias [N]."""
 
     shape: tuple[int, int]  # N, K
+    by_row: bool  # a row of a product hangs on its own row of x alone, whatever the number of rows
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """x [T, K] -> x W^T + bias [T, N], in x's dtype or the given one."""
@@ -35,8 +39,18 @@ class Linear(Protocol):
         ...
 
 
+class Table(Protocol):
+    """A matrix whose rows are looked up."""
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """numbers int64 [T] -> those rows of W [T, K]."""
+        ...
+
+
 class Plain:
     """The definition, on any device."""
+
+    by_row = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.shape = (len(weight), weight.shape[1])
@@ -48,9 +62,14 @@ class Plain:
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         return torch.addmm(residual, x, self.weight.T)
 
+    def rows(self, numbers: Tensor) -> Tensor:
+        return self.weight.index_select(0, numbers)
+
 
 class Packed:
     """The weights in the order in which oneDNN's kernel reads them; the tensor they came from is not kept."""
+
+    by_row = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.shape = (len(weight), weight.shape[1])
@@ -61,6 +80,42 @@ class Packed:
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, None, "add")
+
+
+class Widened:
+    """The weights in the order in which our own product reads them, which is of float32 whatever they are."""
+
+    by_row = True
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """weight [N, K] float32 or bfloat16, which is not kept."""
+        self.shape = (len(weight), weight.shape[1])
+        self._weight, self.bias = weight.new_empty(_C.packed_entries(*self.shape)), bias
+        _C.pack(weight.contiguous().data_ptr(), self._weight.data_ptr(), self._narrow, *self.shape, torch.get_num_threads())
+
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return self._times(x, self.bias, dtype or x.dtype)
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return self._times(x, residual, residual.dtype)
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        panels, places = numbers // PANEL, numbers % PANEL
+        if self._narrow:
+            places = places % (PANEL // 2) * 2 + places // (PANEL // 2)  # rows i and i + PANEL / 2 share a word
+        return self._weight.view(-1, self.shape[1], PANEL)[panels, :, places]
+
+    @property
+    def _narrow(self) -> bool:
+        return self._weight.dtype == torch.bfloat16
+
+    def _times(self, x: Tensor, more: Tensor | None, dtype: torch.dtype) -> Tensor:
+        assert x.is_contiguous() and (more is None or (more.is_contiguous() and more.dtype == x.dtype))
+        out = x.new_empty(len(x), self.shape[0], dtype=dtype)
+        added = (0, 0) if more is None else (more.data_ptr(), self.shape[0] * (more.dim() - 1))
+        _C.linear(x.data_ptr(), x.dtype == torch.bfloat16, self._weight.data_ptr(), self._narrow, *added, out.data_ptr(),
+                  dtype == torch.bfloat16, len(x), *self.shape, torch.get_num_threads())  # fmt: skip
+        return out
 
 
 class Int8:
@@ -81,7 +136,7 @@ class Int8:
         self._offsets = -128 * scales * sums
         self._no_zeros = torch.zeros(len(weight), dtype=torch.int64)
         # Without VNNI old processors add pairs of products in 16 bits that cannot hold them.
-        self._exact = multiplies_bytes() and self.shape[1] * 255 * 127 < 1 << 31
+        self.by_row = self._exact = multiplies_bytes() and self.shape[1] * 255 * 127 < 1 << 31
         self._weight = torch.ops.onednn.qlinear_prepack(weight, None) if self._exact else weight.clone()
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -111,11 +166,16 @@ def activations(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.int8 else dtype
 
 
-def packs(entries: int, dtype: torch.dtype, device: torch.device | str) -> bool:
-    """Whether a float32 or bfloat16 matrix of so many entries is faster packed."""
-    if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available() or entries < PACKED_FROM[dtype]:
-        return False
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def float_form(entries: int, dtype: torch.dtype, device: torch.device | str, *, deterministic: bool = False,
+               ) -> type[Plain] | type[Packed] | type[Widened]:  # fmt: skip
+    """What a float32 or bfloat16 matrix of so many entries is fastest as; of forms that go by row, where there is one, if
+    `deterministic`. Each takes the weight and the bias."""
+    if torch.device(device).type != "cpu":
+        return Plain
+    if _C.multiplies_floats() and (deterministic or (dtype == torch.bfloat16 and not _C.multiplies_pairs())):
+        return Widened
+    able = torch.backends.mkldnn.is_available() and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return Packed if able and entries >= PACKED_FROM[dtype] else Plain
 
 
 def quantise(rows: Tensor, out: Tensor, scales: Tensor, sums: Tensor) -> None:

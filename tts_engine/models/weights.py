@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .decoder import Decoder, DecoderWeights, LayerWeights
-from .linear import Int8, Linear, Packed, Plain, activations, packs, quantise
+from .linear import Int8, Linear, Plain, Table, Widened, activations, float_form, quantise
 from .spec import DecoderSpec
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -62,7 +62,7 @@ def load_decoder(source: "Path | Checkpoint", *, dtype: torch.dtype = torch.floa
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
     with torch.inference_mode():
-        weights = _Loading(checkpoint, dtype, device).weights()
+        weights = _Loading(checkpoint, dtype, device, deterministic).weights()
     return Decoder(checkpoint.spec, weights, deterministic=deterministic)
 
 
@@ -177,15 +177,15 @@ SOURCES = {"weights": Checkpoint, "random": RandomCheckpoint}  # by EngineConfig
 class _Loading:
     """One reading of a checkpoint, of every tensor that its spec names once."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.checkpoint, self.spec, self.device = checkpoint, checkpoint.spec, device
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str, deterministic: bool) -> None:
+        self.checkpoint, self.spec, self.device, self.deterministic = checkpoint, checkpoint.spec, device, deterministic
         self.dtype, self.wide = dtype, activations(dtype)
         self.shapes = self.spec.tensor_shapes
         self.desk = torch.empty(0, dtype=torch.uint8)
 
     def weights(self) -> DecoderWeights:
-        embedding = self.read(EMBEDDING)
-        lm_head = self.lm_head(embedding)  # the largest matrix, while there is room beside it for what it is made from
+        # The largest matrices first, while there is room beside them for what they are made from.
+        embedding, lm_head = self.vocabulary()
         self.desk = torch.empty(0, dtype=torch.uint8)
         layers = [self.layer(i) for i in range(self.spec.num_layers)]
         norm = self.read("model.norm.weight")
@@ -193,7 +193,7 @@ class _Loading:
 
         def head_row(token: int) -> Tensor:
             if self.spec.tied:
-                return embedding[token]
+                return embedding.rows(torch.tensor([token], device=self.device))[0]
             row = torch.empty(1, self.spec.hidden_size, dtype=self.wide, device=self.device)
             self.checkpoint.read_into(LM_HEAD, row, start=token, total=self.spec.vocab_size)
             return row[0]
@@ -216,18 +216,21 @@ class _Loading:
             down=self.linear(mlp + "down_proj"),
         )  # fmt: skip
 
-    def lm_head(self, embedding: Tensor) -> Linear | None:
-        """Where tied, a copy in bytes is half of the embedding again, for a product several times as fast; a packed one would be
-        all of it again, for a product a tenth to a third faster."""
-        if not self.spec.lm_head:
-            return None
-        if not self.spec.tied:
-            return self.linear("lm_head")
+    def vocabulary(self) -> tuple[Table, Linear | None]:
+        """The embedding and the lm_head. Where tied they are one matrix, but for bytes: these are half of the embedding again, for
+        a product several times as fast. In oneDNN's order, in which no row is found again, it would be all of it, for a product a
+        tenth to a third faster."""
+        spec, embedding = self.spec, self.read(EMBEDDING)
+        if not (spec.lm_head and spec.tied):
+            return Plain(embedding), self.linear("lm_head") if spec.lm_head else None
         if self.dtype != torch.int8:
-            return Plain(embedding)
-        step = max(1, QUANTISED_ENTRIES // self.spec.hidden_size)
+            form = Widened if self.form(embedding.numel()) is Widened else Plain
+            with self.room():
+                both = form(embedding)
+            return both, both
+        step = max(1, QUANTISED_ENTRIES // spec.hidden_size)
         blocks = (rows.to(torch.float32, copy=True) for rows in embedding.split(step))
-        return self.quantised(self.spec.vocab_size, self.spec.hidden_size, blocks)
+        return Plain(embedding), self.quantised(spec.vocab_size, spec.hidden_size, blocks)
 
     def linear(self, *names: str, bias: bool = False) -> Linear:
         """The named modules as one matrix, stacked along dimension 0."""
@@ -236,11 +239,15 @@ class _Loading:
         rows, columns = sum(self.shapes[name][0] for name in weights), self.shapes[weights[0]][1]
         if self.dtype == torch.int8:
             return self.quantised(rows, columns, self.blocks(*weights), added)
-        if not packs(rows * columns, self.dtype, self.device):
+        form = self.form(rows * columns)
+        if form is Plain:
             return Plain(self.read(*weights), added)
         weight = self.read(*weights, place=self.laid_out(rows, columns))
         with self.room():
-            return Packed(weight, added)
+            return form(weight, added)
+
+    def form(self, entries: int) -> type:
+        return float_form(entries, self.dtype, self.device, deterministic=self.deterministic)
 
     def quantised(self, rows: int, columns: int, blocks: Iterator[Tensor], bias: Tensor | None = None) -> Linear:
         """blocks: float32, the rows in their order."""
