@@ -1,5 +1,6 @@
 """Against transformers on small random checkpoints, and the promise of deterministic=True."""
 
+import importlib.util
 import random
 from contextlib import contextmanager
 
@@ -8,10 +9,11 @@ import torch
 
 from tts_engine.attention import BACKENDS, make_backend
 from tts_engine.models import linear
-from tts_engine.models.decoder import ROTARY_BLOCK
+from tts_engine.models.ops import TritonOps
 from tts_engine.models.weights import load_decoder
 from tts_engine.testing import LLAMA3_ROPE, poisoned_cache, random_model, run_rows
 
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 # (query heads, KV heads): groups 1, 2, 3, 4, 6, 7, 8
 HEADS = [(3, 3), (4, 2), (6, 2), (4, 1), (12, 2), (7, 1), (16, 2)]
 SIZES = [(64, 2, 1, 176), (128, 4, 2, 350), (224, 7, 1, 600), (896, 14, 2, 1217)]  # hidden, heads, KV heads, intermediate
@@ -170,14 +172,44 @@ def test_the_last_layer_works_for_the_read_tokens_only(tmp_path, backend, determ
         assert decoder.logits(out).shape == (len(read), 97)
 
 
-def test_rotary_tables_do_not_depend_on_the_order_in_which_they_grew(tmp_path):
-    _, directory = saved(tmp_path, "llama", max_position_embeddings=8192)
-    positions = torch.tensor([0, 5, ROTARY_BLOCK - 1, ROTARY_BLOCK, 3 * ROTARY_BLOCK + 1])
-    at_once = load_decoder(directory)._rotary.at(positions)
-    grown = load_decoder(directory)._rotary
-    for position in positions:
-        grown.at(position[None])
-    assert all(torch.equal(a, b) for a, b in zip(at_once, grown.at(positions), strict=True))
+@pytest.mark.parametrize("head_dim", [10, 16, 48])
+def test_an_angle_hangs_on_its_position_alone(tmp_path, head_dim):
+    _, directory = saved(tmp_path, "qwen3", head_dim=head_dim)
+    decoder = load_decoder(directory, deterministic=True)
+    positions = torch.tensor([0, 5, 1023, 1024, 7, 131071, *range(2000, 2040)])
+    frequencies = decoder._frequencies
+    whole = decoder._by_rows(decoder._angles, frequencies, positions)
+    exact = (positions[:, None].float() * frequencies).double()
+    for out, ref in zip(whole, (exact.cos(), exact.sin()), strict=True):
+        torch.testing.assert_close(out.double(), ref, rtol=0, atol=2e-7)
+    for some in ([3], [45, 2, 5], range(1, 40)):
+        part = decoder._by_rows(decoder._angles, frequencies, positions[list(some)])
+        assert all(torch.equal(a, b[list(some)]) for a, b in zip(part, whole, strict=True))
+
+
+@needs_triton
+@pytest.mark.parametrize(("family", "flags", "backend"), [
+    ("llama", {"rope_parameters": LLAMA3_ROPE}, "reference"), ("qwen2", {}, "per_branch"),
+    ("qwen3", {"head_dim": 10}, "per_branch"), ("qwen3", {"head_dim": 16}, "triton_tree"),
+])  # fmt: skip
+def test_what_a_gpu_runs_between_products_is_what_a_cpu_runs(tmp_path, monkeypatch, family, flags, backend):
+    """Kernels put keys and values in their slots; a prompt with two steps behind it, read at three places, then a tick."""
+    _, directory = saved(tmp_path, family, **flags)
+    attention = BACKENDS[backend]("cpu")
+    decoders = [load_decoder(directory) for _ in range(2)]
+    monkeypatch.setattr(decoders[1], "_ops", TritonOps())
+    slots, (ids,) = [[*range(9)], [*range(9), 20, 21, 22], [*range(9), 11]], paths(3, [14], 97, 30)[1]
+    tokens = [ids[:9], ids[:12], ids[:9] + ids[12:13]]
+    told = []
+    for decoder in decoders:
+        cache = poisoned_cache(decoder.spec, 30)
+        states = [run_rows(decoder, attention, cache, slots, [9, 3, 1], tokens, [4, 11, 12])]
+        longer = [slots[1] + [25], slots[2] + [14]]
+        states.append(run_rows(decoder, attention, cache, longer, [1, 1], [tokens[1] + [3], tokens[2] + [8]]))
+        told.append((torch.cat(states), cache.k, cache.v))
+    for out, ref in zip(told[1], told[0], strict=True):
+        assert torch.equal(out.isnan(), ref.isnan())
+        assert_near(out.nan_to_num(), ref.nan_to_num(), 3e-6)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -76,7 +76,8 @@ class BatchLayout:
 
 
 class AttentionBackend(Protocol):
-    """Serves one model. `plan` is host work, once per forward; `run` is called once per layer with that plan."""
+    """Serves one model. `plan` is host work, once per forward; `run` is called once per layer with that plan, whose `write_slots`
+    are the layout's, where `run` reads them: on the device."""
 
     name: str
     devices: tuple[str, ...]  # kinds of torch devices it runs on
@@ -85,8 +86,10 @@ class AttentionBackend(Protocol):
 
     def plan(self, layout: BatchLayout) -> Any: ...
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, plan: Any, window: int | None = None) -> Tensor:
+    def run(self, q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, layer: int, plan: Any,
+            window: int | None = None) -> Tensor:  # fmt: skip
         """Write k, v [W, K, D] of the new tokens to their slots, then attend: q [T, H, D] -> out [T, H, D]. Scale 1/sqrt(D).
+        Without k and v they are there already.
 
         With a window a token sees the last `window` of its context only, itself among them.
         """

@@ -51,17 +51,20 @@ class NativeAttention:
         self._last = _Plan(tree, layout.write_slots, layout.rows, ends)
         return self._last
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, plan: _Plan, window: int | None = None) -> Tensor:
+    def run(self, q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, layer: int, plan: _Plan,
+            window: int | None = None) -> Tensor:  # fmt: skip
         assert window is None, f"{self.name} has no sliding window"
         assert q.dtype == cache.k.dtype and q.dtype in DTYPES, f"{self.name} computes in {DTYPES}"
         heads, dim = q.shape[1:]
         keys, values, size = cache.k[layer], cache.v[layer], q.element_size()
         for new, table in ((k, keys), (v, values)):
+            if new is None:
+                continue
             new = new if new.stride()[1:] == (dim, 1) else new.contiguous()
             _C.store_rows(new.data_ptr(), new.stride(0) * size, table.data_ptr(), table.stride(0) * size, plan.write_slots)
         q = q if q.stride()[1:] == (dim, 1) else q.contiguous()
         out = q.new_empty(q.shape)
         _C.tree_attention(plan.tree, q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
-                          num_heads=heads, num_kv_heads=k.shape[1], head_dim=dim, bfloat16=q.dtype == torch.bfloat16,
+                          num_heads=heads, num_kv_heads=keys.shape[1], head_dim=dim, bfloat16=q.dtype == torch.bfloat16,
                           instruction_set=self.instruction_set, num_threads=torch.get_num_threads())  # fmt: skip
         return out

@@ -65,9 +65,11 @@ class PerBranchAttention:
             real=real,
         )
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, plan: _Plan, window: int | None = None) -> Tensor:
+    def run(self, q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, layer: int, plan: _Plan,
+            window: int | None = None) -> Tensor:  # fmt: skip
         assert window is None, f"{self.name} has no sliding window"
-        cache.write(layer, plan.write_slots, k, v)
+        if k is not None and v is not None:
+            cache.write(layer, plan.write_slots, k, v)
         keys, values = cache.k[layer].flatten(0, 1), cache.v[layer].flatten(0, 1)  # [slots * K, D]
         out = torch.empty_like(q)
         for chunk in plan.chunks:

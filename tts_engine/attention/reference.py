@@ -4,12 +4,19 @@ Every shape depends on the token's own context length alone, so its bits do not 
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..kv.cache import KVCache
 from .base import BatchLayout
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    write_slots: Tensor  # int64 [W]
+    seen: list[Tensor]  # for each token int64, the slots it sees, oldest first, its own last
 
 
 class ReferenceAttention:
@@ -21,22 +28,21 @@ class ReferenceAttention:
     def __init__(self, device: torch.device | str = "cpu", *, deterministic: bool = False) -> None:
         self._device = device
 
-    def plan(self, layout: BatchLayout) -> tuple[Tensor, list[Tensor]]:
-        """Slots to write [W], and for each token the slots it sees, oldest first, its own last."""
+    def plan(self, layout: BatchLayout) -> _Plan:
         slots = torch.from_numpy(layout.context_slots).to(self._device, torch.int64)
         starts, lens = layout.row_starts.tolist(), layout.context_lens.tolist()
         seen = []
         for b, length in enumerate(lens):
             count = starts[b + 1] - starts[b]
             seen += [slots[b, : length - count + i + 1] for i in range(count)]
-        return torch.from_numpy(layout.write_slots).to(self._device), seen
+        return _Plan(torch.from_numpy(layout.write_slots).to(self._device), seen)
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, plan: tuple[Tensor, list[Tensor]],
+    def run(self, q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, layer: int, plan: _Plan,
             window: int | None = None) -> Tensor:  # fmt: skip
-        write_slots, seen = plan
-        cache.write(layer, write_slots, k, v)
+        if k is not None and v is not None:
+            cache.write(layer, plan.write_slots, k, v)
         out = torch.empty_like(q)
-        for token, path in enumerate(seen):
+        for token, path in enumerate(plan.seen):
             slots = path if window is None else path[-window:]
             out[token] = _attend(q[token], cache.k[layer, slots], cache.v[layer, slots])
         return out

@@ -67,17 +67,19 @@ class TritonTreeAttention:
         self._last = plan
         return plan
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int, plan: _Plan, window: int | None = None) -> Tensor:
+    def run(self, q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, layer: int, plan: _Plan,
+            window: int | None = None) -> Tensor:  # fmt: skip
         assert window is None, f"{self.name} has no sliding window"
-        heads, dim = q.shape[1:]
+        (heads, dim), kv_heads = q.shape[1:], cache.k.shape[2]
         if plan.tree is None:
-            self._refuse_unless_able(heads, k.shape[1], dim)
-            plan.rows, max_queries, split = self._cut(plan.layout, heads // k.shape[1], k.shape[1])
+            self._refuse_unless_able(heads, kv_heads, dim)
+            plan.rows, max_queries, split = self._cut(plan.layout, heads // kv_heads, kv_heads)
             forest, starts = self._forest(plan.layout)
             plan.tree = _C.TreePlan(forest, starts, plan.layout.row_starts, max_queries=max_queries, split=split, reserve=RESERVE,
                                     compress=not self._deterministic)  # fmt: skip
             plan.tables = tables_of(plan.tree, self._device)
-        cache.write(layer, plan.write_slots, k, v)
+        if k is not None and v is not None:
+            cache.write(layer, plan.write_slots, k, v)
         q = q if q.stride()[1:] == (dim, 1) else q.contiguous()
         return self._kernels.tree_attention(q, cache.k[layer], cache.v[layer], plan.tables, rows=plan.rows,
                                             num_programs=PROGRAMS * self._multiprocessors)  # fmt: skip

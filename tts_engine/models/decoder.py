@@ -21,7 +21,6 @@ from .spec import DecoderSpec
 # Rows of every deterministic GEMM. A whole number of vector registers for any column count, so that no element of a tile is
 # computed by the scalar tail of a vector loop, whose exp may differ in the last bit.
 ROW_TILE = 32
-ROTARY_BLOCK = 1024  # positions by which the rotary tables grow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +61,10 @@ class Decoder:
     """
 
     def __init__(self, spec: DecoderSpec, weights: DecoderWeights, *, deterministic: bool = False) -> None:
-        self.spec, self.weights = spec, weights
+        self.spec, self.weights, self.deterministic = spec, weights, deterministic
         self._tiled = deterministic and not all(linear.by_row for linear in weights.linears)
-        self._rotary = _RotaryTables(spec, self.device)
         self._ops = ops_for(self.device)
+        self._frequencies = rotary_frequencies(spec).to(self.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,21 +82,27 @@ class Decoder:
         token_ids, positions: int64 [T], in the order of the layout that `plan` was made from; read_at: int64 [R], indices into
         them; read_plan: made from `layout.only(read_at)`, or `plan` itself where every token is read in its turn. Of the last
         layer only keys and values are computed for tokens that are not read. Returns [R, d] in the decoder's dtype.
+
+        On a GPU nothing of it waits for the device, and it hangs on the tensors' shapes alone: it can be captured.
         """
-        spec = self.spec
-        heads = spec.num_heads
+        spec, ops, epsilon = self.spec, self._ops, self.spec.rms_norm_eps
         x = self.weights.embedding.rows(token_ids)
-        cos, sin = self._rotary.at(positions)
+        angles = partial(in_tiles, self._angles) if self.deterministic else self._angles  # an element's bits may hang on its place
+        cos, sin = angles(self._frequencies, positions)
         for i, layer in enumerate(self.weights.layers[:-1]):
-            qk, v = self._by_rows(partial(self._heads, 0, layer.heads[0]), layer, x, cos, sin)
-            attended = backend.run(qk[:, :heads], qk[:, heads:], v, cache, i, plan, spec.windows[i])
+            (heads,) = self._by_rows(self._heads, (layer, layer.heads[0]), x)
+            new = ops.enter(heads, layer.qk_norm, epsilon, cos, sin, cache, i, plan.write_slots)
+            attended = backend.run(*new, cache, i, plan, spec.windows[i])
             (x,) = self._by_rows(self._mix, layer, x, attended.flatten(1))
-        last = self.weights.layers[-1]
+        last, i = self.weights.layers[-1], spec.num_layers - 1
         queries, keys_values = last.heads
-        k, v = self._by_rows(partial(self._heads, heads, keys_values), last, x, cos, sin)
+        of_queries, of_keys = (None, None) if last.qk_norm is None else last.qk_norm.tensor_split((spec.num_heads,))
+        (heads,) = self._by_rows(self._heads, (last, keys_values), x)
+        _, k, v = ops.enter(heads, of_keys, epsilon, cos, sin, cache, i, plan.write_slots)
         x, cos, sin = (rows.index_select(0, read_at) for rows in (x, cos, sin))
-        q, _ = self._by_rows(partial(self._heads, 0, queries), last, x, cos, sin)
-        attended = backend.run(q, k, v, cache, spec.num_layers - 1, read_plan, spec.windows[-1])
+        (heads,) = self._by_rows(self._heads, (last, queries), x)
+        q = ops.turn(heads, of_queries, epsilon, cos, sin)
+        attended = backend.run(q, k, v, cache, i, read_plan, spec.windows[-1])
         (x,) = self._by_rows(self._mix, last, x, attended.flatten(1))
         (hidden,) = self._by_rows(self._final, self.weights.norm, x)
         return hidden
@@ -112,20 +117,16 @@ class Decoder:
     def _by_rows(self, work: Callable[..., tuple[Tensor, ...]], weights: Any, *rows: Tensor) -> tuple[Tensor, ...]:
         return in_tiles(work, weights, *rows) if self._tiled else work(weights, *rows)
 
-    def _heads(self, first: int, linear: Linear, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, d]; cos, sin [T, D/2] -> the heads from `first` on that `linear` makes, [T, heads, D]: those that turn with their
-        position, and the rest.
+    def _angles(self, frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions int64 [T] -> cos, sin float32 [T, D/2]."""
+        angles = positions[:, None].float() * frequencies
+        return angles.cos(), angles.sin()
 
-        The heads of a layer are H of queries, K of keys, both rotated to their positions, and K of values.
-        """
-        spec = self.spec
-        count = linear.shape[0] // spec.head_dim
-        heads = linear(self._norm(x, layer.attention_norm)).view(len(x), count, spec.head_dim)
-        num_turned = min(first + count, spec.num_heads + spec.num_kv_heads) - first
-        turned, still = heads[:, :num_turned], heads[:, num_turned:]
-        if layer.qk_norm is not None:
-            turned = self._norm(turned, layer.qk_norm[first : first + num_turned])
-        return self._ops.rotate(turned, cos, sin), still
+    def _heads(self, part: tuple[LayerWeights, Linear], x: Tensor) -> tuple[Tensor]:
+        """x [T, d] -> the heads that a layer's matrix makes of it, [T, heads, D]."""
+        layer, linear = part
+        dim = self.spec.head_dim
+        return (linear(self._norm(x, layer.attention_norm)).view(len(x), linear.shape[0] // dim, dim),)
 
     def _mix(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> tuple[Tensor]:
         """x [T, d], attended [T, H D] -> the layer's output [T, d]."""
@@ -138,24 +139,6 @@ class Decoder:
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._ops.norm(x, weight, self.spec.rms_norm_eps)
-
-
-class _RotaryTables:
-    """cos and sin by position, float32 [positions, D/2], in blocks of one shape: an entry's bits depend on its position only."""
-
-    def __init__(self, spec: DecoderSpec, device: torch.device) -> None:
-        self._frequencies = rotary_frequencies(spec).to(device)
-        self._cos = self._sin = torch.empty(0, spec.head_dim // 2, device=device)
-
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions int64 [T] -> cos, sin [T, D/2]."""
-        need = int(positions.max()) + 1 if len(positions) else 0
-        while len(self._cos) < need:
-            start = len(self._cos)
-            block = torch.arange(start, start + ROTARY_BLOCK, device=self._cos.device, dtype=torch.float32)
-            angles = block[:, None] * self._frequencies
-            self._cos, self._sin = torch.cat((self._cos, angles.cos())), torch.cat((self._sin, angles.sin()))
-        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
 
 def rotary_frequencies(spec: DecoderSpec) -> Tensor:
