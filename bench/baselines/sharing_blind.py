@@ -101,10 +101,10 @@ class SharingBlindPolicy:
         (copy,) = self.private.add([path[:-1]])
         tree.set_computed(copy, count)
         given = (([lease], [True]), ([copy], [False]))
-        theirs, own = (torch.from_numpy(tree.context_slots(*which, [count])[0].astype(np.int64)) for which in given)
+        slots = (torch.from_numpy(tree.context_slots(*which, [count])[0].astype(np.int64)) for which in given)
+        theirs, own = (which.to(cache.k.device) for which in slots)
         for table in (cache.k, cache.v):
-            for layer in table:
-                layer.index_copy_(0, own, layer.index_select(0, theirs))
+            table.index_copy_(1, own, table.index_select(1, theirs))
         return copy
 
     def _drop(self) -> None:

@@ -1,0 +1,27 @@
+"""The parts of bench/gpu.py, in the order in which they run and are told."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    run: str  # "file of this room:function"; a part whose file cannot be imported fails alone
+    seconds: float  # it may take
+    timed: bool  # has the machine to itself; the others run side by side
+
+
+PARTS = {
+    "kernels": Part(run="kernels:kernels", seconds=120, timed=False),
+    "replay": Part(run="kernels:replay", seconds=100, timed=False),
+    "large": Part(run="kernels:large", seconds=60, timed=False),
+    "models": Part(run="models:models", seconds=120, timed=False),
+    "batch": Part(run="models:batch", seconds=100, timed=False),
+    "demo": Part(run="models:demo", seconds=100, timed=False),
+    "eval": Part(run="models:evaluation", seconds=120, timed=False),
+    "sanitizer": Part(run="sanitizer:sanitizer", seconds=120, timed=False),
+    "attention": Part(run="attention:attention", seconds=60, timed=True),
+    "levels": Part(run="attention:levels", seconds=30, timed=True),
+    "tick": Part(run="decode:tick", seconds=45, timed=True),
+    "prm": Part(run="prm:prm", seconds=75, timed=True),
+    "search": Part(run="decode:search", seconds=110, timed=True),
+}
