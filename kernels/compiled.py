@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import triton
 
-from . import advance, lm_head_sample, merge, prm_score, sample, store_kv, tree_attention
+from . import advance, fp8_rows, lm_head_sample, merge, prm_score, rms_norm, sample, store_kv, swiglu, tree_attention
 from .launch import Launch
 
 CAPABILITIES = (90, 80)
 SHAPES = ((32, 8, 64), (28, 4, 128))  # H, K, D: Llama-3.2-1B, Qwen2.5-7B
-FEW = ("tree_attention 64x64 sm_90", "tree_attention 64x128 sm_90", "tree_attention 64x128 sm_80", "sample sm_90")
+FEW = ("tree_attention 64x64 sm_90", "tree_attention 64x128 sm_90", "tree_attention 64x128 sm_80", "sample sm_90",
+       "store_kv 128 normed sm_90", "fp8_rows 3584 sm_90")  # fmt: skip
 
 
 def variants() -> Iterator[tuple[str, Launch]]:
@@ -55,6 +56,15 @@ def variants() -> Iterator[tuple[str, Launch]]:
             qkv = torch.zeros(4, heads + 2 * kv_heads, dim, dtype=q.dtype)
             cos, sin = (torch.zeros(4, dim // 2) for _ in "cs")
             yield f"store_kv {dim} sm_{cc}", store_kv.prepare(qkv, cos, sin, at, out, k, v, capability=cc)
+            yield (
+                f"store_kv {dim} normed sm_{cc}",
+                store_kv.prepare(qkv, cos, sin, at, out, k, v, norm=qkv[0, : heads + kv_heads], epsilon=1e-6, capability=cc),
+            )
+            yield f"store_kv {dim} queries sm_{cc}", store_kv.prepare(qkv, cos, sin, None, qkv, None, None, capability=cc)
+            yield f"rms_norm {heads * dim} sm_{cc}", rms_norm.prepare(wide, wide[0], wide, 1e-6, capability=cc)
+            yield f"rms_norm {heads}x{dim} sm_{cc}", rms_norm.prepare(out, out[0], out, 1e-6, capability=cc)
+            yield f"swiglu {heads * dim // 2} sm_{cc}", swiglu.prepare(wide, wide[:, ::2].contiguous(), capability=cc)
+            yield f"fp8_rows {heads * dim} sm_{cc}", fp8_rows.prepare(wide, wide.char(), scores, 1e-30, capability=cc)
             for draws in lm_head_sample.ROWS:
                 place, best = torch.zeros(draws, dtype=torch.int64), torch.zeros(draws, 4)
                 yield (

@@ -1,5 +1,7 @@
 """The C++ operations against their definition, odd sizes and strides included."""
 
+import sys
+
 import pytest
 import torch
 
@@ -62,6 +64,27 @@ def test_rows_of_bytes(rows, width, dtype):
     assert ((out.double() - 128) * scales.double()[:, None] - x.double()).abs().sub(0.501 * scales[:, None]).le(0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_8_bit_floats_are_within_half_a_step(dtype):
+    """A step is an eighth of the power of two below, and at least 2^-9 of the scale: of a peak, 448 times the scale, a 14th."""
+    x = drawn(6, 200, dtype=dtype)
+    x[1], x[2], x[3] = 1e-4 * x[1], 0, x[3] * torch.logspace(-6, 0, 200).to(dtype)
+    out, scales = TorchOps().fp8_rows(x)
+    assert out.dtype == torch.float8_e4m3fn and scales.dtype == torch.float32
+    stands_for = out.double() * scales.double()[:, None]
+    half = torch.maximum(x.double().abs() / 16, scales.double()[:, None] * 2**-10)
+    assert ((stands_for - x.double()).abs() <= half * (1 + 1e-6)).all()
+    torch.testing.assert_close(stands_for.abs().amax(1), x.double().abs().amax(1), rtol=1e-6, atol=0)
+
+
+def test_a_device_gets_what_is_made_for_it(monkeypatch):
+    assert isinstance(ops_for(torch.device("cpu")), NativeOps)
+    monkeypatch.setitem(sys.modules, "tts_kernels", None)
+    ops_for.cache_clear()
+    assert type(ops_for(torch.device("cuda", 0))) is TorchOps  # without Triton
+    ops_for.cache_clear()
+
+
 def test_a_row_that_is_not_finite_is_told_by_its_scale():
     x = drawn(5, 37, dtype=torch.float32)
     x[1, 3], x[2, 36], x[4, 20] = torch.nan, torch.inf, -torch.inf
@@ -69,6 +92,8 @@ def test_a_row_that_is_not_finite_is_told_by_its_scale():
         bytes_, scales = ops.quantise_rows(x)
         out = ops.scale_rows(bytes_.float() - 128, scales, None, torch.float32)
         assert out.isfinite().all(1).tolist() == [True, False, False, True, False]
+    bytes_, scales = TorchOps().fp8_rows(x)
+    assert (bytes_.float() * scales[:, None]).isfinite().all(1).tolist() == [True, False, False, True, False]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
