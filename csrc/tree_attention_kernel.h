@@ -1,6 +1,6 @@
 // The kernel of tree_attention.h for one instruction set. Included by tree_attention_<isa>.cpp, which says how wide a vector is
-// (TTS_LANES floats), how large a block of a product stays in registers (TTS_BLOCK_ROWS x TTS_BLOCK_VECTORS), and whether there
-// is an instruction for pairs of bfloat16 (TTS_BF16_DOT); everything else is arithmetic on the compiler's vectors.
+// (TTS_LANES floats), how large a block of a product stays in registers (TTS_BLOCK_ROWS x TTS_BLOCK_VECTORS), and whether pairs
+// of bfloat16 are multiplied (TTS_PAIRS) or made floats first; everything else is arithmetic on the compiler's vectors.
 //
 // Both products run through one loop over "units": a 32-bit word that holds one float or a pair of bfloat16. Queries and
 // probabilities are rows of units; keys are packed [unit of D][key], values [unit of keys][D].
@@ -57,34 +57,31 @@ inline float total(Floats x) {
 
 inline Floats exp2(Floats x) { return exp2_of_negative<Floats, Ints>(x); }
 
+// How a tensor's elements become units. Type: what they are stored as; Share: what probabilities are; kPerWord: elements in 32
+// bits as they are stored, which `spread` makes kPerWord / kPerUnit units, a stride apart.
 struct Float32 {
-  static constexpr int kPerUnit = 1;
+  static constexpr int kPerUnit = 1, kPerWord = 1;
   using Type = float;
+  using Share = float;
   static Floats multiply_add(Floats sum, Words a, Words b) { return sum + (Floats)a * (Floats)b; }
-  static void put(void* to, Floats x) { store(to, x); }
-  static void put_scalar(Type* to, float x) { *to = x; }
+  template <class W>
+  static void spread(W word, uint32_t* to, int) { store(to, word); }
   // Values of up to one unit of keys, D of each, side by side as units.
   static void pack_values(const Type* const* rows, int, int dim, uint32_t* to) { std::memcpy(to, rows[0], 4 * dim); }
+  static void put(Share* to, Floats x) { store(to, x); }
+  static void put_scalar(Type* to, float x) { *to = x; }
 };
 
+#if TTS_PAIRS
 struct BFloat16 {
-  static constexpr int kPerUnit = 2;
+  static constexpr int kPerUnit = 2, kPerWord = 2;
   using Type = uint16_t;
+  using Share = uint16_t;
   static Floats multiply_add(Floats sum, Words a, Words b) {
-#if TTS_BF16_DOT
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)a);
-#else
-    const Words high = Words{} + 0xffff0000u;
-    sum = sum + (Floats)(a << 16) * (Floats)(b << 16);
-    return sum + (Floats)(a & high) * (Floats)(b & high);
-#endif
   }
-  // To the nearest, ties to even. No NaN comes here.
-  static void put(void* to, Floats x) {
-    const Words bits = (Words)x;
-    store(to, __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Halves));
-  }
-  static void put_scalar(Type* to, float x) { *to = to_bfloat16(x); }
+  template <class W>
+  static void spread(W word, uint32_t* to, int) { store(to, word); }
   static void pack_values(const Type* const* rows, int num_rows, int dim, uint32_t* to) {
     int d = 0;
     if (num_rows == 2)
@@ -95,7 +92,33 @@ struct BFloat16 {
       }
     for (; d < dim; ++d) to[d] = rows[0][d] | (num_rows == 2 ? static_cast<uint32_t>(rows[1][d]) << 16 : 0u);
   }
+  // To the nearest, ties to even. No NaN comes here.
+  static void put(Share* to, Floats x) {
+    const Words bits = (Words)x;
+    store(to, __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, Halves));
+  }
+  static void put_scalar(Type* to, float x) { *to = to_bfloat16(x); }
 };
+#else
+struct BFloat16 {
+  static constexpr int kPerUnit = 1, kPerWord = 2;
+  using Type = uint16_t;
+  using Share = float;
+  static Floats multiply_add(Floats sum, Words a, Words b) { return sum + (Floats)a * (Floats)b; }
+  template <class W>
+  static void spread(W word, uint32_t* to, int stride) {
+    store(to, word << 16);
+    store(to + stride, word & 0xffff0000u);
+  }
+  static void pack_values(const Type* const* rows, int, int dim, uint32_t* to) {
+    int d = 0;
+    for (; d + kLanes <= dim; d += kLanes) store(to + d, __builtin_convertvector(load<Halves>(rows[0] + d), Words) << 16);
+    for (; d < dim; ++d) to[d] = uint32_t{rows[0][d]} << 16;
+  }
+  static void put(Share* to, Floats x) { store(to, x); }
+  static void put_scalar(Type* to, float x) { *to = to_bfloat16(x); }
+};
+#endif
 
 // c [R, C vectors] (+)= a [R, units] b [units, C vectors], everything in registers; strides in units and floats.
 template <class E, int R, int C>
@@ -186,11 +209,13 @@ class Worker {
  private:
   void load_queries(const Item& item, int kv_head) {
     queries_.resize(static_cast<size_t>(item.num_queries) * group_ * units_);
-    const size_t bytes = sizeof(T) * static_cast<size_t>(group_) * dim_;
+    const int units = group_ * units_;
     for (int i = 0; i < item.num_queries; ++i) {
       const T* from = static_cast<const T*>(call_.q) + plan_.order[item.query + i] * call_.q_stride +
                       static_cast<int64_t>(kv_head) * group_ * dim_;
-      std::memcpy(&queries_[static_cast<size_t>(i) * group_ * units_], from, bytes);
+      uint32_t* to = &queries_[static_cast<size_t>(i) * units];
+      for (int at = 0; at < group_ * dim_; at += E::kPerWord)
+        E::spread(load<uint32_t>(from + at), to + at / E::kPerUnit, 1);
     }
   }
 
@@ -229,14 +254,14 @@ class Worker {
     }
     for (int i = 0; i < count; i += kLanes) {
       const int lanes = std::min(kLanes, count - i);
-      int unit = 0;
+      constexpr int kWords = kLanes * E::kPerWord;
+      int at = 0;
       if (lanes == kLanes)
-        for (; unit + kLanes <= units_; unit += kLanes)
-          transpose(key_rows + i, unit, &keys_[static_cast<size_t>(unit) * kChunk + i]);
-      for (; unit < units_; ++unit) {
-        uint32_t* to = &keys_[static_cast<size_t>(unit) * kChunk + i];
-        for (int lane = 0; lane < lanes; ++lane) std::memcpy(to + lane, key_rows[i + lane] + unit * E::kPerUnit, 4);
-        for (int lane = lanes; lane < kLanes; ++lane) to[lane] = 0;
+        for (; at + kWords <= dim_; at += kWords) transpose(key_rows + i, at, &keys_[static_cast<size_t>(at / E::kPerUnit) * kChunk + i]);
+      for (; at < dim_; at += E::kPerWord) {
+        uint32_t* to = &keys_[static_cast<size_t>(at / E::kPerUnit) * kChunk + i];
+        for (int lane = 0; lane < kLanes; ++lane)
+          E::spread(lane < lanes ? load<uint32_t>(key_rows[i + lane] + at) : 0u, to + lane, kChunk);
       }
     }
     for (int i = 0; i < count; i += E::kPerUnit) {
@@ -245,10 +270,10 @@ class Worker {
     }
   }
 
-  // kLanes x kLanes units, from rows of keys to rows of units: halves of ever larger squares change places.
-  static void transpose(const T* const* rows, int unit, uint32_t* to) {
+  // kLanes x kLanes words, from rows of keys to rows of units: halves of ever larger squares change places.
+  static void transpose(const T* const* rows, int at, uint32_t* to) {
     Words x[kLanes];
-    for (int i = 0; i < kLanes; ++i) x[i] = load<Words>(rows[i] + unit * E::kPerUnit);
+    for (int i = 0; i < kLanes; ++i) x[i] = load<Words>(rows[i] + at);
     for (int step = 1; step < kLanes; step *= 2)
       for (int i = 0; i < kLanes; ++i)
         if (!(i & step)) {
@@ -257,7 +282,7 @@ class Worker {
           x[i] = __builtin_shuffle(a, b, (Words)(lane + (upper & (kLanes - step))));
           x[i + step] = __builtin_shuffle(a, b, (Words)(lane + step + (upper & (kLanes - step))));
         }
-    for (int i = 0; i < kLanes; ++i) store(to + i * kChunk, x[i]);
+    for (int i = 0; i < kLanes; ++i) E::spread(x[i], to + i * (E::kPerWord / E::kPerUnit) * kChunk, kChunk);
   }
 
   // The packed chunk of `count` keys for rows [row, row + rows), of which row r sees the first seen[r], at least one.
@@ -270,7 +295,7 @@ class Worker {
   }
 
   // Scores of one row to shares relative to its peak so far; what was summed before is brought to that peak.
-  void weigh(int row, int seen, int vectors, const float* scores, T* shares) {
+  void weigh(int row, int seen, int vectors, const float* scores, typename E::Share* shares) {
     const Floats nothing = Floats{} - kInf;
     Floats x[kChunk / kLanes], top = nothing;
     const bool all = seen >= vectors * kLanes;
@@ -311,7 +336,7 @@ class Worker {
   std::vector<uint32_t> keys_, values_, queries_;
   std::vector<float> sums_, weights_, peaks_;  // by row: [D] and [kLanes] not yet divided, and the highest score
   alignas(64) float scores_[kRows * kChunk];
-  alignas(64) T shares_[kRows * kChunk];
+  alignas(64) typename E::Share shares_[kRows * kChunk];
 };
 
 template <class E>

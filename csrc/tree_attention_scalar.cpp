@@ -3,5 +3,5 @@
 #define TTS_LANES 4
 #define TTS_BLOCK_ROWS 4
 #define TTS_BLOCK_VECTORS 2
-#define TTS_BF16_DOT 0
+#define TTS_PAIRS 0
 #include "tree_attention_kernel.h"
