@@ -103,12 +103,17 @@ Array<int32_t> table(const std::vector<Record>& records) {
 }
 
 TreePlan tree_plan(const Forest& forest, const Array<int32_t>& starts, const Array<int32_t>& row_starts, int32_t max_queries,
-                   int32_t split, int32_t reserve, bool compress) {
+                   int32_t split, int32_t reserve, bool compress, int32_t tile, int32_t tail_queries, int32_t tail) {
   const py::ssize_t num_rows = starts.size();
   const int32_t* start = column("starts", starts, num_rows);
   const int32_t* row_start = column("row_starts", row_starts, num_rows + 1);
   py::gil_scoped_release unlocked;
-  return TreePlan(forest, start, row_start, num_rows, {max_queries, split, reserve, compress});
+  return TreePlan(forest, start, row_start, num_rows, {max_queries, split, reserve, compress, tile, tail_queries, tail});
+}
+
+bool reserve(TreePlan& plan, const Array<int64_t>& new_slots) {
+  if (new_slots.ndim() != 2) throw std::invalid_argument("new_slots must be [steps, rows]");
+  return plan.reserve(new_slots.data(), new_slots.shape(0), new_slots.shape(1));
 }
 
 template <class T>
@@ -248,10 +253,14 @@ PYBIND11_MODULE(_C, module) {
 
   py::class_<TreePlan>(module, "TreePlan")
       .def(py::init(&tree_plan), py::arg("forest"), py::arg("starts").noconvert(), py::arg("row_starts").noconvert(), py::kw_only(),
-           py::arg("max_queries"), py::arg("split"), py::arg("reserve"), py::arg("compress"))
+           py::arg("max_queries"), py::arg("split"), py::arg("reserve"), py::arg("compress"), py::arg("tile") = 0,
+           py::arg("tail_queries") = 0, py::arg("tail") = 0)
       .def("grow",
            [](TreePlan& plan, const Array<int64_t>& new_slots) { return plan.grow(new_slots.data(), new_slots.size()); },
            py::arg("new_slots").noconvert())
+      .def("reserve", reserve, py::arg("new_slots").noconvert())
+      .def_property_readonly("leaf", [](const TreePlan& p) { return copied(p.leaf); })
+      .def_readonly("growth", &TreePlan::growth)
       .def_property_readonly("order", [](const TreePlan& p) { return copied(p.order); })
       .def_property_readonly("slots", [](const TreePlan& p) { return copied(p.slots); })
       .def_property_readonly("segments", [](const TreePlan& p) { return table(p.segments); })

@@ -57,12 +57,43 @@ void check(const Forest& forest, const int32_t* starts, const int32_t* row_start
   }
 }
 
+// The ends of tiles of at most max_queries queries. With options.tile they are those for which the keys read by all tiles together,
+// and `tile` more for each, are fewest: cut there, a segment is read once more.
+std::vector<int32_t> tile_ends(const std::vector<Segment>& segments, int32_t num_queries, const PlanOptions& options) {
+  std::vector<int32_t> ends;
+  if (!options.tile) {
+    for (int64_t end = 0; end < num_queries;)
+      ends.push_back(static_cast<int32_t>(end = std::min<int64_t>(num_queries, end + options.max_queries)));
+    return ends;
+  }
+  std::vector<int64_t> crossing(num_queries + 2, 0), least(num_queries + 1, 0);
+  for (const Segment& s : segments) {
+    if (s.hi - s.lo < 2) continue;
+    crossing[s.lo + 1] += s.len;
+    crossing[s.hi] -= s.len;
+  }
+  std::partial_sum(crossing.begin(), crossing.end(), crossing.begin());
+  std::vector<int32_t> begin(num_queries + 1, 0);  // of the tile that ends there
+  for (int32_t end = 1; end <= num_queries; ++end) {
+    least[end] = std::numeric_limits<int64_t>::max();
+    for (int32_t at = end - 1; at >= std::max(0, end - options.max_queries); --at) {
+      const int64_t keys = least[at] + crossing[at] + options.tile;
+      if (keys <= least[end]) least[end] = keys, begin[end] = at;  // of equals the longest tile
+    }
+  }
+  for (int32_t end = num_queries; end > 0; end = begin[end]) ends.push_back(end);
+  std::reverse(ends.begin(), ends.end());
+  return ends;
+}
+
 }  // namespace
 
 TreePlan::TreePlan(const Forest& forest, const int32_t* starts, const int32_t* row_starts, size_t num_rows,
                    const PlanOptions& options) {
   check(forest, starts, row_starts, num_rows);
-  if (options.max_queries < 1 || options.split < 1 || options.reserve < 0) refuse("its options are out of range");
+  if (options.max_queries < 1 || options.split < 1 || options.reserve < 0 || options.tile < 0 || options.tail_queries < 0 ||
+      options.tail < 0)
+    refuse("its options are out of range");
   const int32_t num_nodes = static_cast<int32_t>(forest.parent.size());
   const int32_t num_queries = row_starts[num_rows];
   const Children children(forest);
@@ -78,8 +109,8 @@ TreePlan::TreePlan(const Forest& forest, const int32_t* starts, const int32_t* r
   std::vector<std::pair<int32_t, bool>> stack;                            // (node, has it been entered?)
   order.reserve(num_queries);
   slots.reserve(forest.slots.size() + (all_single ? num_rows * options.reserve : 0));
-  leaf_.assign(num_rows, kNobody);
-  growth_ = all_single ? options.reserve : 0;
+  leaf.assign(num_rows, kNobody);
+  growth = all_single ? options.reserve : 0;
   std::vector<int32_t> first_segment(num_nodes);
   for (int32_t i = children.count(kNobody); i-- > 0;) stack.emplace_back(children.of(kNobody)[i], false);
   while (!stack.empty()) {
@@ -129,30 +160,27 @@ TreePlan::TreePlan(const Forest& forest, const int32_t* starts, const int32_t* r
       // does not hang on who else reads.
       for (int32_t s = first_segment[node]; s <= open[node]; ++s) segments[s].hi = static_cast<int32_t>(order.size());
       add(forest.len[node], forest.len[node]);
-      growth_ = 0;
+      growth = 0;
     }
-    if (row != kNobody && growth_) {
+    if (row != kNobody && growth) {
       const int32_t end = depth[node] + forest.len[node];
-      growth_ = std::min(growth_, options.split - 1 - (end - 1) % options.split);
-      leaf_[row] = open[node];
-      if (children.count(node)) growth_ = 0;
+      if (!options.tail_queries) growth = std::min(growth, options.split - 1 - (end - 1) % options.split);
+      leaf[row] = open[node];
+      if (children.count(node)) growth = 0;
       slots.resize(slots.size() + options.reserve);
     }
     for (int32_t i = children.count(node); i-- > 0;) stack.emplace_back(children.of(node)[i], false);
   }
 
-  // Tiles of neighbouring queries; a tile is one item a zone.
-  std::vector<int32_t> active, mine;  // segments that still have queries to come; those of the tile
+  if (!growth) leaf.clear();
+
+  // Tiles of neighbouring queries. What a tile reads together is one item a zone, and so are tails next to each other.
+  std::vector<int32_t> active, shared, mine;  // segments that still have queries to come; those of the tile; those of an item
+  std::vector<std::pair<int32_t, int32_t>> tails;             // (query, segment) of segments that one query of the tile sees
+  std::vector<int32_t> tail_keys, bounds;
   std::vector<int64_t> cost;
-  size_t next = 0;
-  for (int32_t query = 0; query < num_queries; query += options.max_queries) {
-    const int32_t end = std::min(num_queries, query + options.max_queries);
-    active.erase(std::remove_if(active.begin(), active.end(), [&](int32_t s) { return segments[s].hi <= query; }), active.end());
-    for (; next < segments.size() && segments[next].lo < end; ++next)
-      if (segments[next].hi > segments[next].lo) active.push_back(static_cast<int32_t>(next));
-    mine = active;
+  const auto emit = [&](int32_t query, int32_t end) {
     std::stable_sort(mine.begin(), mine.end(), [&](int32_t a, int32_t b) { return zone[a] < zone[b]; });
-    const size_t first_item = items.size();
     for (size_t i = 0; i < mine.size();) {
       size_t j = i;
       int64_t work = 0;
@@ -165,15 +193,84 @@ TreePlan::TreePlan(const Forest& forest, const int32_t* starts, const int32_t* r
       cost.push_back(work);
       i = j;
     }
-    if (items.size() - first_item > 1) {
-      merges.push_back({query, end - query, static_cast<int32_t>(merge_slots.size()),
-                        static_cast<int32_t>(items.size() - first_item)});
-      for (size_t i = first_item; i < items.size(); ++i) {
-        items[i].slot = num_partials;
-        merge_slots.push_back(num_partials);
-        num_partials += end - query;
+  };
+  size_t next = 0;
+  int32_t query = 0;
+  for (int32_t end : tile_ends(segments, num_queries, options)) {
+    active.erase(std::remove_if(active.begin(), active.end(), [&](int32_t s) { return segments[s].hi <= query; }), active.end());
+    for (; next < segments.size() && segments[next].lo < end; ++next)
+      if (segments[next].hi > segments[next].lo) active.push_back(static_cast<int32_t>(next));
+    const size_t first_item = items.size();
+    // What the tile's queries share, and the tails that each sees alone.
+    shared.clear();
+    tails.clear();
+    tail_keys.assign(end - query, 0);
+    int64_t alone = 0;
+    int32_t lo = end, hi = query;
+    for (int32_t s : active) {
+      const int32_t from = std::max(segments[s].lo, query), to = std::min(segments[s].hi, end);
+      if (to - from > 1) {
+        shared.push_back(s);
+        lo = std::min(lo, from);
+        hi = std::max(hi, to);
+      } else {
+        tails.emplace_back(from, s);
+        tail_keys[from - query] += segments[s].len;
+        alone += segments[s].len;
       }
     }
+    if (!options.tail_queries || (!shared.empty() && alone < static_cast<int64_t>(options.tail) * (end - query))) {
+      mine = active;
+      emit(query, end);
+    } else {
+      mine = shared;
+      emit(lo, hi);
+      for (size_t i = 0; i < tails.size();) {  // segments lie depth first: one query's behind those of the query before
+        const int32_t from = tails[i].first;
+        int32_t to = from;
+        int64_t keys = 0;
+        mine.clear();
+        while (i < tails.size() && tails[i].first == to && to - from < options.tail_queries &&
+               (to == from || keys + tail_keys[to - query] <= options.split)) {
+          keys += tail_keys[to - query];
+          for (; i < tails.size() && tails[i].first == to; ++i) mine.push_back(tails[i].second);
+          ++to;
+        }
+        emit(from, to);
+      }
+    }
+
+    // Where several items have a query, each of them has places for partial results; runs of queries of the same items are merged.
+    bounds.clear();
+    for (size_t i = first_item; i < items.size(); ++i) {
+      bounds.push_back(items[i].query);
+      bounds.push_back(items[i].query + items[i].num_queries);
+    }
+    std::sort(bounds.begin(), bounds.end());
+    bounds.erase(std::unique(bounds.begin(), bounds.end()), bounds.end());
+    const auto each = [&](int32_t at, const auto& act) {
+      for (size_t i = first_item; i < items.size(); ++i)
+        if (items[i].query <= at && at < items[i].query + items[i].num_queries) act(items[i]);
+    };
+    for (size_t b = 0; b + 1 < bounds.size(); ++b) {
+      int count = 0;
+      each(bounds[b], [&](Item&) { ++count; });
+      if (count > 1)
+        each(bounds[b], [&](Item& item) {
+          if (item.slot != kNobody) return;
+          item.slot = num_partials;
+          num_partials += item.num_queries;
+        });
+    }
+    for (size_t b = 0; b + 1 < bounds.size(); ++b) {
+      const int32_t first = static_cast<int32_t>(merge_slots.size());
+      each(bounds[b], [&](Item& item) {
+        if (item.slot != kNobody) merge_slots.push_back(item.slot + bounds[b] - item.query);
+      });
+      const int32_t count = static_cast<int32_t>(merge_slots.size()) - first;
+      if (count) merges.push_back({bounds[b], bounds[b + 1] - bounds[b], first, count});
+    }
+    query = end;
   }
   std::vector<size_t> by_cost(items.size());
   std::iota(by_cost.begin(), by_cost.end(), 0);
@@ -185,14 +282,24 @@ TreePlan::TreePlan(const Forest& forest, const int32_t* starts, const int32_t* r
 }
 
 bool TreePlan::grow(const int64_t* new_slots, size_t num_rows) {
-  if (!growth_ || num_rows != leaf_.size()) return false;
-  --growth_;
+  if (!growth || num_rows != leaf.size()) return false;
+  --growth;
   for (size_t row = 0; row < num_rows; ++row) {
-    Segment& leaf = segments[leaf_[row]];
-    slots[leaf.offset + leaf.len] = static_cast<int32_t>(new_slots[row]);
-    ++leaf.len;
-    ++leaf.start;
+    Segment& own = segments[leaf[row]];
+    slots[own.offset + own.len] = static_cast<int32_t>(new_slots[row]);
+    ++own.len;
+    ++own.start;
   }
+  return true;
+}
+
+bool TreePlan::reserve(const int64_t* new_slots, size_t steps, size_t num_rows) {
+  if (static_cast<size_t>(growth) < steps || num_rows != leaf.size()) return false;
+  for (size_t step = 0; step < steps; ++step)
+    for (size_t row = 0; row < num_rows; ++row) {
+      const Segment& own = segments[leaf[row]];
+      slots[own.offset + own.len + step] = static_cast<int32_t>(new_slots[step * num_rows + row]);
+    }
   return true;
 }
 

@@ -40,6 +40,13 @@ struct PlanOptions {
   int32_t split;        // tokens of depth after which a path goes on in another item, so that long ones are shared out
   int32_t reserve;      // tokens by which rows of one query can grow before a new plan is needed
   bool compress;        // chains of nodes become one segment; then how keys group depends on what else is in the batch
+  // How many keys one more tile of queries is worth: tiles then end where least is read by two of them. 0: tiles are filled up.
+  int32_t tile = 0;
+  // Keys that one query alone of its tile sees, its tail, are items of their own, of neighbouring tails of at most so many queries
+  // and, where they are more than one, `split` keys; and a row then grows past a multiple of `split`. 0: a tile's items hold all.
+  int32_t tail_queries = 0;
+  // Tails of fewer keys a query stay with what its tile shares: more is computed that nobody sees, but nothing is to be merged.
+  int32_t tail = 0;
 };
 
 struct TreePlan {
@@ -60,9 +67,12 @@ struct TreePlan {
   // False, and nothing has changed, where a new plan is needed.
   bool grow(const int64_t* new_slots, size_t num_rows);
 
- private:
-  std::vector<int32_t> leaf_;  // [B], the segment of each row that grows; empty where some row cannot
-  int32_t growth_ = 0;         // tokens left to grow
+  // new_slots [steps, B]: where the tokens will be by which each row moves on next; no length changes. A device that counts the
+  // steps itself then needs nothing more. False, and nothing has changed, where rows cannot grow so far.
+  bool reserve(const int64_t* new_slots, size_t steps, size_t num_rows);
+
+  std::vector<int32_t> leaf;  // [B], the segment of each row that grows; empty where some row cannot
+  int32_t growth = 0;         // tokens left to grow
 };
 
 }  // namespace tts

@@ -20,7 +20,7 @@ from .launch import Launch
 
 CAPABILITIES = (90, 80)
 SHAPES = ((32, 8, 64), (28, 4, 128))  # H, K, D: Llama-3.2-1B, Qwen2.5-7B
-FEW = ("tree_attention 64x64 sm_90", "tree_attention 64x128 sm_90", "tree_attention 64x128 sm_80", "sample sm_90",
+FEW = ("tree_attention 64+16x64 sm_90", "tree_attention 64+16x128 sm_90", "tree_attention 64+16x128 sm_80", "sample sm_90",
        "store_kv 128 normed sm_90", "fp8_rows 3584 sm_90")  # fmt: skip
 
 
@@ -35,17 +35,20 @@ def variants() -> Iterator[tuple[str, Launch]]:
             q = torch.zeros(4, heads + kv_heads, dim, dtype=torch.bfloat16)[:, :heads]
             k, v = (torch.zeros(16, kv_heads, dim, dtype=q.dtype) for _ in "kv")
             out, partial, lse = torch.zeros(q.shape, dtype=q.dtype), torch.zeros(4, heads, dim), torch.zeros(4, heads)
-            tables = tree_attention.Tables(order=ints(4), slots=ints(16), segments=ints(4, 5), items=ints(4, 5), merges=ints(4, 4),
-                                           merge_slots=ints(4), counts=ints(2), num_partials=4)  # fmt: skip
-            for rows in tree_attention.ROWS:
+            tables = tree_attention.Tables(order=ints(4), slots=ints(16), segments=ints(4, 6), grown=ints(4), items=ints(4, 5),
+                                           merges=ints(4, 4), merge_slots=ints(4), counts=ints(2), num_partials=4)  # fmt: skip
+            for tiles in (*((rows,) for rows in tree_attention.ROWS), (64, 16)):
                 yield (
-                    f"tree_attention {rows}x{dim} sm_{cc}",
-                    tree_attention.prepare(q, k, v, out, partial, lse, tables, rows=rows, num_programs=4, capability=cc),
-                )
-            yield f"merge {dim} sm_{cc}", merge.prepare(
-                partial, lse, out, tables.order, tables.merges, tables.merge_slots, tables.counts, max_queries=16, num_programs=4,
-                capability=cc,
-            )  # fmt: skip
+                    f"tree_attention {'+'.join(map(str, tiles))}x{dim} sm_{cc}",
+                    tree_attention.prepare(q, k, v, out, partial, lse, tables, rows=tiles[0], tail_rows=tiles[-1], num_programs=4,
+                                           capability=cc),
+                )  # fmt: skip
+            yield (
+                f"merge {dim} sm_{cc}",
+                merge.prepare(
+                    partial, lse, out, tables.order, tables.merges, tables.merge_slots, tables.counts, num_programs=4, capability=cc
+                ),
+            )
 
             wide = torch.zeros(4, heads * dim, dtype=q.dtype)
             at, scores, direction = torch.zeros(4, dtype=torch.int64), torch.zeros(4), torch.zeros(heads * dim)
@@ -95,7 +98,7 @@ def resources(launch: Launch) -> dict[str, Any]:
             for flag in ("-res-usage", "-sass")
         )
     found = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")}  # type: ignore[index]
-    found["shared"] = compiled.metadata.shared
+    found |= {"shared": compiled.metadata.shared, "warps": launch.num_warps}
     names = [match[1] for match in re.finditer(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code)]
     found["instructions"] = len(names)
     found["16-byte copies"] = sum(name.startswith("LDGSTS") and name.endswith("128") for name in names)

@@ -13,6 +13,9 @@ OPTIONS = [
     {"max_queries": 1, "split": 7, "reserve": 5, "compress": True},
     {"max_queries": 3, "split": 16, "reserve": 0, "compress": False},
     {"max_queries": 1000, "split": 1, "reserve": 2, "compress": True},
+    {"max_queries": 5, "split": 4096, "reserve": 4, "compress": True, "tile": 8, "tail_queries": 2, "tail": 0},
+    {"max_queries": 9, "split": 13, "reserve": 3, "compress": True, "tile": 1, "tail_queries": 9, "tail": 12},
+    {"max_queries": 4, "split": 6, "reserve": 0, "compress": False, "tile": 50, "tail_queries": 1, "tail": 3},
 ]
 
 
@@ -148,10 +151,67 @@ def test_a_grown_plan_covers_what_a_new_one_would(options):
             grew += 1
             seen, ref = covered(plan)[0], covered(_C.TreePlan(*tree.arrays(), **options))[0]
             assert {t: Counter(slots) for t, slots in seen.items()} == {t: Counter(slots) for t, slots in ref.items()}
-            assert Counter(map(tuple, plan.segments[:, 1:].tolist())) == Counter(
-                map(tuple, _C.TreePlan(*tree.arrays(), **options).segments[:, 1:].tolist())
-            )
+            if not options.get("tail_queries"):  # else a step grows over the depth at which a new plan would cut it
+                assert Counter(map(tuple, plan.segments[:, 1:].tolist())) == Counter(
+                    map(tuple, _C.TreePlan(*tree.arrays(), **options).segments[:, 1:].tolist())
+                )
     assert grew > 20 or not options["reserve"] or options["split"] == 1
+
+
+def test_slots_reserved_ahead_are_those_that_growing_would_write():
+    options, checked = OPTIONS[4], 0
+    for seed in range(40):
+        tree = Tree(seed, single=True)
+        plan, again = (_C.TreePlan(*tree.arrays(), **options) for _ in "ab")
+        slots = np.arange(5000, 5000 + 3 * len(tree.rows)).reshape(3, -1)
+        if not plan.growth:
+            assert not len(plan.leaf) and not plan.reserve(slots)
+            continue
+        before = plan.segments
+        assert plan.reserve(slots) and np.array_equal(plan.segments, before) and plan.growth == again.growth == 4
+        for step in slots:
+            assert again.grow(step)
+        assert np.array_equal(plan.slots, again.slots)
+        assert not again.reserve(slots) and not plan.reserve(np.repeat(slots, 2, 0)) and not plan.reserve(slots[:, 1:].copy())
+        ends = again.segments[again.leaf]
+        assert np.array_equal(again.slots[ends[:, 0] + ends[:, 1] - 1], slots[-1])  # row by row
+        checked += 1
+    assert checked > 10
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_plans_keep_within_what_they_may_take(options):
+    """Segments under queries are nested or apart; items have at most so many queries, and tails at most so many keys."""
+    for seed in range(60):
+        plan = _C.TreePlan(*Tree(seed).arrays(), **options)
+        spans = sorted((lo, -hi) for _, length, lo, hi, start in plan.segments.tolist() if start >= length and hi > lo)
+        open_ends = []
+        for lo, hi in ((lo, -hi) for lo, hi in spans):
+            while open_ends and open_ends[-1] <= lo:
+                open_ends.pop()
+            assert not open_ends or hi <= open_ends[-1]
+            open_ends.append(hi)
+        assert (plan.items[:, 1] <= options["max_queries"]).all() and (plan.items[:, 1] > 0).all()
+        assert len(plan.merge_slots) == plan.merges[:, 3].sum() and (plan.merges[:, 3] > 0).all()
+        assert plan.num_partials == sum(count for _, count, _, _, place in plan.items.tolist() if place >= 0)
+        assert len(plan.item_segments) == plan.items[:, 3].sum()
+
+
+def test_tiles_end_where_least_is_read_twice():
+    """Two families of three on a root of ten tokens: tiles of at most four are the families, not four and two."""
+    parents, lens = [-1, 0, 0, *[1] * 3, *[2] * 3], [10, 100, 100, *[7] * 6]
+    forest = _C.Forest(*(np.array(column, np.int32) for column in (parents, np.cumsum([0, *lens[:-1]]), lens, range(3, 9),
+                                                                  range(sum(lens)))))  # fmt: skip
+    rows = np.full(6, 6, np.int32), np.arange(7, dtype=np.int32)
+    how = {"max_queries": 4, "split": 4096, "reserve": 0, "compress": True}
+    filled, cut = (_C.TreePlan(forest, *rows, **how, tile=tile) for tile in (0, 5))
+    assert sorted(filled.items[:, :2].tolist()) == [[0, 4], [4, 2]] and sorted(cut.items[:, :2].tolist()) == [[0, 3], [3, 3]]
+
+    # Where tails pay, each family reads what it shares, and its tails are items: of two at most, and then the third.
+    apart = _C.TreePlan(forest, *rows, **how, tile=5, tail_queries=2, tail=7)
+    assert sorted(apart.items[:, :2].tolist()) == [[0, 2], [0, 3], [2, 1], [3, 2], [3, 3], [5, 1]]
+    together = _C.TreePlan(forest, *rows, **how, tile=5, tail_queries=2, tail=8)
+    assert np.array_equal(together.items, cut.items) and not len(together.merges)
 
 
 @pytest.mark.parametrize(

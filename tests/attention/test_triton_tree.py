@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tts_engine.attention import make_backend
-from tts_engine.attention.triton_tree import TritonBlindAttention, TritonTreeAttention
+from tts_engine.attention.triton_tree import SPLITS, TableBuffers, TritonBlindAttention, TritonTreeAttention
 from tts_engine.errors import EngineError
 from tts_engine.kv.cache import KVCache
 from tts_engine.testing import flat_layout
@@ -70,22 +70,65 @@ def test_it_agrees_with_the_definition_from_prefill_through_growth_to_a_fork(bac
     assert [plan is plans[max(0, i - 1)] for i, plan in enumerate(plans)] == [True, False, True, True, False, False, True]
 
 
+def branches(rows, shared, own):
+    """Paths of a tree whose rows share so many tokens and have so many each."""
+    return [[*range(shared), *range(10_000 * (row + 1), 10_000 * (row + 1) + own)] for row in range(rows)]
+
+
 @pytest.mark.parametrize(
-    ("rows", "new", "shared", "expected"),
-    [(4, 1, 300, 64), (4, 1, 0, 16), (1, 1, 300, 16), (4, 20, 300, 128), (200, 1, 0, 16)],
+    ("rows", "new", "shared", "own", "tiles"),
+    [
+        (16, 1, 300, 100, (64, 16)),  # branches of a prompt
+        (16, 1, 0, 400, (16, 16)),  # that share nothing
+        (1, 1, 300, 100, (16, 16)),
+        (16, 30, 300, 100, (128, 128)),  # a prefill
+    ],
 )
-def test_tiles_are_chosen_by_what_is_shared_and_paths_are_cut_for_the_device(rows, new, shared, expected, monkeypatch):
-    backend = TritonTreeAttention("cpu")
+def test_tiles_are_chosen_by_what_is_shared_and_paths_are_cut_for_the_device(rows, new, shared, own, tiles, monkeypatch):
     monkeypatch.setattr(TritonTreeAttention, "_multiprocessors", 132)
-    paths = [[*range(shared), *range(1000 * (row + 1), 1000 * (row + 1) + 200)] for row in range(rows)]
-    size, queries, split = backend._cut(flat_layout(paths, [new] * rows), group=7, kv_heads=4)
-    assert size == expected and queries == size // 7 and 256 <= split <= 4096
+    backend, layout = TritonTreeAttention("cpu"), flat_layout(branches(rows, shared, own), [new] * rows)
+    cut = backend.cut(layout, heads=28, kv_heads=4, dim=128)
+    assert (cut.rows, cut.tail_rows) == tiles and cut.max_queries == cut.rows // 7 and cut.split in SPLITS
+    plan = backend.tree(layout, cut)
+    tails = plan.items[:, 1] * 7 <= cut.tail_rows
+    assert tails.any() if new == 1 else cut.tail_queries == 0
+    monkeypatch.setattr(TritonTreeAttention, "_multiprocessors", 1)
+    alone = TritonTreeAttention("cpu").cut(layout, heads=28, kv_heads=4, dim=128)
+    assert alone.split >= cut.split and alone.tail >= cut.tail  # one multiprocessor has enough to do
 
 
-def test_the_blind_backend_reads_every_path_by_itself():
+def test_deterministic_plans_are_cut_by_the_path_alone(monkeypatch):
+    monkeypatch.setattr(TritonTreeAttention, "_multiprocessors", 132)
+    backend = TritonTreeAttention("cpu", deterministic=True)
+    cuts = [
+        backend.cut(flat_layout(branches(rows, 300, 60), [new] * rows), heads=8, kv_heads=2, dim=64)
+        for rows, new in ((1, 1), (16, 1), (300, 1), (4, 50))
+    ]
+    assert {(cut.rows, cut.tail_rows, cut.split, cut.compress, cut.tail_queries) for cut in cuts} == {(64, 64, 4096, False, 0)}
+    assert len({cut.max_queries for cut in cuts}) > 1  # for the device's sake
+
+
+def test_the_blind_backend_reads_every_path_by_itself(monkeypatch):
+    monkeypatch.setattr(TritonBlindAttention, "_multiprocessors", 132)
     backend = TritonBlindAttention("cpu")
-    layout = flat_layout([[*range(300), 1000 + row] for row in range(5)], [1] * 5)
-    size, queries, _ = backend._cut(layout, group=4, kv_heads=8)
-    assert (size, queries) == (16, 1)
-    forest, starts = backend._forest(layout)
-    assert forest.parent.tolist() == [-1] * 5 and len(forest.slots) == 5 * 301 and starts.tolist() == [300] * 5
+    layout = flat_layout(branches(5, 2000, 40), [1] * 5)
+    cut = backend.cut(layout, heads=32, kv_heads=8, dim=64)
+    assert (cut.rows, cut.max_queries, cut.tail_queries) == (16, 1, 1)
+    plan = backend.tree(layout, cut)
+    assert plan.items[:, 1].tolist() == [1] * len(plan.items) and plan.growth
+    assert plan.segments[plan.item_segments, 1].sum() == 5 * 2040 and len(plan.items) == 5 * -(-2040 // cut.split)
+
+
+def test_only_a_plan_that_fits_is_loaded_into_tables_that_stay():
+    backend = TritonTreeAttention("cpu")
+    plans = [
+        backend.tree(layout, backend.cut(layout, 4, 1, 16)) for layout in (flat_layout(branches(n, 9, 3), [1] * n) for n in (2, 9))
+    ]
+    sizes = [TableBuffers.sizes(plan) for plan in plans]
+    buffers = TableBuffers("cpu", sizes[0])
+    assert sizes[0] != sizes[1] and buffers.fits(plans[0]) and not buffers.fits(plans[1])
+    assert buffers.load(plans[0]) is buffers.tables
+    with pytest.raises(EngineError, match=r"a plan of 9 grown does not fit tables made for 2"):
+        buffers.load(plans[1])
+    roomy = TableBuffers("cpu", sizes[1])
+    assert roomy.fits(plans[0]) and all(table.data_ptr() % 16 == 0 for table in (roomy.tables.slots, roomy.tables.items))

@@ -5,7 +5,11 @@ import os
 import subprocess
 import sys
 
+from tts_kernels.tree_attention import resident
+
 SHARED_MEMORY = {90: 232_448, 80: 166_912}  # bytes a program can have
+MULTIPROCESSOR = {90: 233_472, 80: 167_936}  # and all programs of a multiprocessor, 1 KB of each for the driver among them
+REGISTERS = 65_536  # of a multiprocessor; a warp has them in steps of 256
 
 
 def test_kernels_compile_to_what_was_meant(soak):
@@ -20,6 +24,11 @@ def test_kernels_compile_to_what_was_meant(soak):
         assert not code["STACK"] and not code["LDL"] and not code["STL"], code
         assert code["shared"] <= SHARED_MEMORY[capability], code
         if kernel == "tree_attention":
+            tiles, dim = code["kernel"].split()[1].split("x")
+            classes = [int(rows) for rows in tiles.split("+")]
             assert code["16-byte copies"], code
-            wide = capability == 90 and not code["kernel"].split()[1].startswith("16x")
-            assert bool(code["HGMMA"]) == wide and bool(code["HMMA"]) != wide, code
+            wide, narrow = capability == 90 and classes[0] >= 64, capability == 80 or classes[-1] < 64
+            assert bool(code["HGMMA"]) == wide and bool(code["HMMA"]) == narrow, code
+            programs = resident(classes[0], int(dim), capability)  # what a plan counts on
+            assert programs * code["warps"] * (-(-code["REG"] // 8) * 256) <= REGISTERS, code
+            assert programs * (code["shared"] + 1024) <= MULTIPROCESSOR[capability], code
