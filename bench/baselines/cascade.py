@@ -45,10 +45,10 @@ class Cascade:
     """Attention of rows, one new token each, over paths given node by node; rows that share a node follow each other."""
 
     def __init__(self, paths: Sequence[Sequence[int]], runs: Sequence[np.ndarray], heads: int, kv_heads: int, dim: int,
-                 dtype: torch.dtype, device: torch.device, num_programs: int) -> None:  # fmt: skip
+                 dtype: torch.dtype, device: torch.device) -> None:  # fmt: skip
         """paths: of each row its nodes, as many for every row; runs: the slots of each node."""
-        self._num_programs, group = num_programs, heads // kv_heads
-        rows, depth = len(paths), len(paths[0])
+        group, rows, depth = heads // kv_heads, len(paths), len(paths[0])
+        self._cc, self._multiprocessors = capability(device), tree_attention.multiprocessors(device)
         self._order = torch.arange(rows, dtype=torch.int32, device=device)
         self._levels = []
         for level in range(depth):
@@ -64,12 +64,13 @@ class Cascade:
         pairs, dim = lse.numel(), q.shape[2]
         for level in reversed(range(len(self._levels))):
             tile, tables = self._levels[level]
-            tree_attention.prepare(q, k, v, out, self._states[level], self._lse[level], tables, rows=tile,
-                                   num_programs=self._num_programs, capability=capability(q.device)).run()  # fmt: skip
+            programs = tree_attention.resident(tile, dim, self._cc) * self._multiprocessors
+            tree_attention.prepare(q, k, v, out, self._states[level], self._lse[level], tables, rows=tile, num_programs=programs,
+                                   capability=self._cc).run()  # fmt: skip
             if level < len(self._levels) - 1:
                 merge = dict(out=out, lse=lse, other=self._states[level], other_lse=self._lse[level], num_pairs=pairs,
                              HEAD_DIM=dim, ROWS=ROWS)  # fmt: skip
-                Launch(kernel=_merge_pair, grid=(triton.cdiv(pairs, ROWS),), arguments=merge, capability=capability(q.device)).run()
+                Launch(kernel=_merge_pair, grid=(triton.cdiv(pairs, ROWS),), arguments=merge, capability=self._cc).run()
         return out
 
     def _tables(self, nodes: Sequence[int], runs: Sequence[np.ndarray], max_queries: int, device: torch.device):
@@ -80,7 +81,7 @@ class Cascade:
             for start in range(first, first + count, max_queries):
                 size = min(max_queries, first + count - start)
                 items.append((start, size, len(segments), 1, start))
-            segments.append((offset, len(run), first, first + count, len(run)))  # every row sees all of it
+            segments.append((offset, len(run), first, first + count, len(run), -1))  # every row sees all of it, and none grows
             slots.append(run)
             offset += len(run)
             first += count
@@ -91,6 +92,7 @@ class Cascade:
 
         return tree_attention.Tables(
             order=self._order, slots=ints(np.concatenate(slots)), items=ints(items),
-            segments=ints([*segments, (0,) * 5, (0,) * 5]), merges=ints(np.zeros((1, 4))), merge_slots=ints([0]),
+            segments=ints([*segments, (0, 0, 0, 0, 0, -1), (0, 0, 0, 0, 0, -1)]), grown=ints(np.zeros(len(nodes))),
+            merges=ints(np.zeros((1, 4))), merge_slots=ints([0]),
             counts=ints([len(items), 0]), num_partials=len(nodes),
         )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tts_engine.attention.triton_tree import PROGRAMS, TritonBlindAttention, TritonTreeAttention
+from tts_engine.attention.triton_tree import TritonBlindAttention, TritonTreeAttention
 from tts_engine.kv.cache import KVCache
 
 from ..baselines.cascade import Cascade
@@ -36,16 +36,14 @@ class Layers:
 
     def of(self, kind: type[TritonTreeAttention]) -> Turn:
         """That backend's own plan and kernels; there are no new keys to be written."""
-        _, kv_heads, dim = self.heads
         backend = kind(self.bench.device)
-        plan, nothing = backend.plan(self.grove.layout()), self.q.new_empty(0, kv_heads, dim)
-        return lambda turn: backend.run(self.q, nothing, nothing, self.cache, turn % self.turns, plan)
+        plan = backend.plan(self.grove.layout())
+        return lambda turn: backend.run(self.q, None, None, self.cache, turn % self.turns, plan)
 
     def by_level(self) -> Turn:
         grove, device = self.grove, self.bench.device
-        programs = PROGRAMS * (torch.cuda.get_device_properties(device).multi_processor_count if self.bench.on_gpu else 1)
         paths = [grove.path(row) for row in range(len(grove.rows))]
-        cascade = Cascade(paths, grove.runs, *self.heads, self.q.dtype, device, programs)
+        cascade = Cascade(paths, grove.runs, *self.heads, self.q.dtype, device)
         return lambda turn: cascade.run(self.q, self.cache.k[turn % self.turns], self.cache.v[turn % self.turns])
 
     def contenders(self, **others: Callable[[], Turn]) -> dict[str, Turn]:

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     run: str  # "file of this room:function"; a part whose file cannot be imported fails alone
+    given: tuple[str, ...] = ()  # to the function, behind the bench
     seconds: float  # it may take
     timed: bool  # has the machine to itself; the others run side by side
 
 
 PARTS = {
+    "tiles-bf16": Part(run="plans:tiles", given=("bfloat16",), seconds=120, timed=False),
+    "tiles-fp16": Part(run="plans:tiles", given=("float16",), seconds=120, timed=False),
+    "tiles-fp32": Part(run="plans:tiles", given=("float32",), seconds=120, timed=False),
+    "replay": Part(run="plans:replay", seconds=100, timed=False),
     "kernels": Part(run="kernels:kernels", seconds=120, timed=False),
-    "replay": Part(run="kernels:replay", seconds=100, timed=False),
     "large": Part(run="kernels:large", seconds=60, timed=False),
     "models": Part(run="models:models", seconds=120, timed=False),
     "batch": Part(run="models:batch", seconds=100, timed=False),

@@ -12,6 +12,7 @@ from .setting import Bench
 from .worker import ROOT
 
 TOOLS = ("memcheck", "racecheck")
+PARTS_CHECKED = ("kernels", "tiles-bf16")
 FOUND = 9  # exit status of the tool where it found something
 PLACES = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
@@ -30,7 +31,7 @@ def _clean(bench: Bench, tool: str, name: str) -> dict[str, int]:
     """Raise AssertionError with what the tool said where it found anything; the number of checks that ran under it."""
     events = bench.directory / f"{name}.jsonl"
     with events.open("w") as file:
-        settings = {"parts": {"kernels": bench.time_left}, "device": str(bench.device), "sizes": "sanitized",
+        settings = {"parts": dict.fromkeys(PARTS_CHECKED, bench.time_left), "device": str(bench.device), "sizes": "sanitized",
                     "directory": str(bench.directory), "events": file.fileno()}  # fmt: skip
         command = [tool, "--tool", name, "--error-exitcode", str(FOUND), "--print-limit", "5",
                    sys.executable, "-m", "bench.device.worker", json.dumps(settings)]  # fmt: skip
@@ -40,6 +41,6 @@ def _clean(bench: Bench, tool: str, name: str) -> dict[str, int]:
                               stderr=subprocess.STDOUT, text=True, timeout=max(1.0, bench.time_left))  # fmt: skip
     assert done.returncode == 0, f"status {done.returncode}: {done.stdout[-2000:]}"
     told = [json.loads(line) for line in Path(events).read_text().splitlines()]
-    [end] = [event for event in told if event["event"] == "end"]
-    assert end["error"] is None, end["error"]
+    errors = [event["error"] for event in told if event["event"] == "end"]
+    assert errors == [None] * len(PARTS_CHECKED), f"{len(errors)} parts ended, with {errors}"
     return {"checks": sum(event["event"] == "row" for event in told)}

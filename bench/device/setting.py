@@ -3,8 +3,8 @@
 import json
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ class Sizes:
     heads: dict[str, tuple[int, int, int]]  # of what is timed
     odd_heads: tuple[tuple[int, int, int], ...]  # checked beside them
     trees: int  # random ones for each check
-    longest: int  # tokens of a node of theirs
+    nodes: int  # of theirs, at most
+    longest: int  # tokens of a node, at most
     replays: int  # of one captured graph, a tree each
     pool: int  # elements of a pool too large for 32 bits
     vocab: int
@@ -89,6 +90,7 @@ FULL = Sizes(
     heads={"1B": (32, 8, 64), "7B": (28, 4, 128)},
     odd_heads=((14, 2, 64), (3, 1, 32), (5, 1, 16)),
     trees=4,
+    nodes=40,
     longest=300,
     replays=50,
     pool=(1 << 31) + (1 << 26),
@@ -127,9 +129,10 @@ TINY = Sizes(
     heads={"1B": (3, 1, 16)},
     odd_heads=(),
     trees=1,
+    nodes=5,
     longest=9,
     replays=2,
-    pool=1 << 12,
+    pool=1 << 15,
     vocab=300,
     draws=3,
     cold=0,
@@ -153,6 +156,12 @@ TINY = Sizes(
     search=(4, 2, 5),
     ticks=(2, 4),
 )
+# As much of FULL's kernels as a tool bears that makes them a hundred times slower.
+SANITIZED = replace(
+    TINY, dtype=torch.bfloat16, checked=(torch.bfloat16,), heads=FULL.heads, odd_heads=FULL.odd_heads[1:2], longest=70, draws=5,
+    vocab=9000,
+)  # fmt: skip
+SIZES = {"full": FULL, "tiny": TINY, "sanitized": SANITIZED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,7 +283,3 @@ def near(got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, most: floa
 def most_off(dtype: torch.dtype) -> float:
     """What one element may be off by, as a share of the largest: a few roundings of the dtype."""
     return 8 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5
-
-
-def names_of(values: Sequence[Any]) -> str:
-    return " ".join(str(value).removeprefix("torch.") for value in values)

@@ -16,30 +16,37 @@ from tts_engine.attention.base import BatchLayout
 from . import setting
 
 BLOCK = 16  # slots that lie side by side
+GROWTH = 4  # tokens by which rows may have grown since their plan
 
 
 @dataclass(frozen=True)
 class Grove:
-    """Nodes, parents before children, and the node of each row; a row's last `new` tokens are computed now, depth first."""
+    """Nodes, parents before children, each with its slots, and the node of each row; a row's last `new` tokens are computed now."""
 
     parents: Sequence[int]
-    lens: Sequence[int]
+    runs: Sequence[np.ndarray]  # int32, the slots of each node
     rows: Sequence[int]
     new: Sequence[int]
-    seed: int = 0
 
     @cached_property
-    def runs(self) -> list[np.ndarray]:
-        """The slots of each node."""
-        rng = np.random.default_rng(self.seed)
-        needed = [-(-length // BLOCK) for length in self.lens]
-        blocks = iter(np.split(rng.permutation(sum(needed)), np.cumsum(needed)[:-1]))
-        return [(BLOCK * own[:, None] + np.arange(BLOCK)).ravel()[:length].astype(np.int32)
-                for own, length in zip(blocks, self.lens, strict=True)]  # fmt: skip
+    def lens(self) -> list[int]:
+        return list(map(len, self.runs))
 
     @property
     def num_slots(self) -> int:
-        return BLOCK * sum(-(-length // BLOCK) for length in self.lens)
+        """Of a pool that has them all, whole blocks."""
+        return BLOCK * (1 + max(int(run.max()) for run in self.runs if len(run)) // BLOCK)
+
+    def only(self, row: int) -> "Grove":
+        """One row, the nodes it needs and no others."""
+        path = self.path(row)
+        return Grove(range(-1, len(path) - 1), [self.runs[node] for node in path], [len(path) - 1], [self.new[row]])
+
+    def before(self, tokens: int) -> "Grove":
+        """The same when every row had so many tokens fewer."""
+        own = set(self.rows)
+        runs = [run[: len(run) - tokens * (node in own)] for node, run in enumerate(self.runs)]
+        return Grove(self.parents, runs, self.rows, self.new)
 
     def path(self, row: int) -> list[int]:
         """Its nodes, the top first."""
@@ -109,6 +116,17 @@ class Grove:
         return out
 
 
+def planted(parents: Sequence[int], lens: Sequence[int], rows: Sequence[int], new: Sequence[int], seed: int = 0,
+            first: int = 0) -> Grove:  # fmt: skip
+    """Nodes of so many tokens in a pool of blocks, which are drawn; the first of them begins at slot `first`, of a block."""
+    rng = np.random.default_rng(seed)
+    needed = [-(-length // BLOCK) for length in lens]
+    blocks = np.split(rng.permutation(sum(needed)), np.cumsum(needed)[:-1])
+    runs = [(first + BLOCK * own[:, None] + np.arange(BLOCK)).ravel()[:length].astype(np.int32)
+            for own, length in zip(blocks, lens, strict=True)]  # fmt: skip
+    return Grove(parents, runs, rows, new)
+
+
 def beam(tree: setting.Tree, seed: int = 0) -> Grove:
     """A prompt, levels that part further and further, each branch's own at last.
 
@@ -130,7 +148,7 @@ def beam(tree: setting.Tree, seed: int = 0) -> Grove:
     for level in range(own):
         size = tree.private * (level + 1) // own - tree.private * level // own
         of_row = _level(parents, lens, of_row, range(tree.branches), size, rng)
-    return Grove(parents, lens, of_row, [1] * tree.branches, seed)
+    return planted(parents, lens, of_row, [1] * tree.branches, seed)
 
 
 def _nodes(branches: int, depth: float) -> int:
@@ -154,27 +172,26 @@ def _level(parents: list[int], lens: list[int], above: list[int], begins: Contai
 
 def unrelated(rows: int, tokens: int) -> Grove:
     """Sequences that have nothing in common."""
-    return Grove([-1] * rows, [tokens] * rows, range(rows), [1] * rows)
+    return planted([-1] * rows, [tokens] * rows, range(rows), [1] * rows)
 
 
-def random_grove(seed: int, longest: int, most_new: int = 9) -> Grove:
+def random_grove(seed: int, nodes: int, longest: int, most_new: int = 9) -> Grove:
     """A random tree whose rows end at leaves and, some of them, within; rows have one new token or a few."""
     rng = random.Random(seed)
-    parents = [rng.randrange(-1, node) for node in range(rng.randint(2, 40))]
+    parents = [rng.randrange(-1, node) for node in range(rng.randint(2, nodes))]
     lens = [rng.randint(1, longest) for _ in parents]
     rows = [node for node in range(len(parents)) if node not in parents or rng.random() < 0.3]
     rng.shuffle(rows)
-    return Grove(parents, lens, rows, [rng.choice([1, rng.randint(1, min(most_new, lens[row]))]) for row in rows], seed)
+    return planted(parents, lens, rows, [rng.choice([1, rng.randint(1, min(most_new, lens[row]))]) for row in rows], seed)
 
 
-def pools(grove: Grove, kv_heads: int, dim: int, dtype: torch.dtype, layers: int, gen: torch.Generator,
-          num_slots: int | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Keys and values [layers, slots, K, D]; those of slots on no path are NaN."""
-    live = torch.from_numpy(np.concatenate(grove.runs).astype(np.int64)).to(gen.device)
-    tables = []
-    for _ in "kv":
-        table = torch.full((layers, num_slots or grove.num_slots + 3, kv_heads, dim), torch.nan, dtype=dtype, device=gen.device)
-        for layer in table:
-            layer[live] = torch.randn(len(live), kv_heads, dim, generator=gen, device=gen.device).to(dtype)
-        tables.append(table)
-    return tables[0], tables[1]
+def growing_grove(seed: int, longest: int, rows: int) -> Grove:
+    """A random tree with so many rows of one new token, each on a leaf of more than GROWTH tokens."""
+    rng = random.Random(seed)
+    parents = [rng.randrange(-1, node) for node in range(rng.randint(1, rows))]
+    lens = [rng.randint(1, longest) for _ in parents]
+    stems = len(parents)
+    for row in range(rows):
+        parents.append(row if row < stems else rng.randrange(-1, stems))
+        lens.append(GROWTH + rng.randint(1, longest))
+    return planted(parents, lens, range(stems, stems + rows), [1] * rows, seed)

@@ -32,7 +32,7 @@ def run(parts: Mapping[str, float], device: str, sizes: str, directory: Path, to
     import torch
 
     from .parts import PARTS
-    from .setting import FULL, TINY, Bench
+    from .setting import SIZES, Bench
 
     for name, seconds in parts.items():
         told({"event": "begin", "part": name})
@@ -43,8 +43,8 @@ def run(parts: Mapping[str, float], device: str, sizes: str, directory: Path, to
 
         try:
             room, _, function = PARTS[name].run.partition(":")
-            bench = Bench(device, {"full": FULL, "tiny": TINY}[sizes], directory, noted, began + seconds)
-            getattr(import_module(f".{room}", __package__), function)(bench)
+            bench = Bench(device, SIZES[sizes], directory, noted, began + seconds)
+            getattr(import_module(f".{room}", __package__), function)(bench, *PARTS[name].given)
             bench.settle()
         except Exception:
             error = traceback.format_exc()
