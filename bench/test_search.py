@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from tts_engine import _C
 from tts_engine.attention import make_backend
 from tts_engine.branch import Branch, root_branch
 from tts_engine.engine import Engine
 from tts_engine.ledger import PRMLedger
+from tts_engine.models.linear import Widened
 from tts_engine.models.weights import RandomCheckpoint
 from tts_engine.policy import Limits
 from tts_engine.prm.scorer import ScoreContext
@@ -266,7 +268,8 @@ def kept_cache(loop: TransformersPRM, reading: Reading):
 
 
 def products(models: Models, *, rows: int, logits: int, times: int = 1) -> dict:
-    """The matrix products of a forward and nothing else, in each of PyTorch's ways with them: the fastest is the ceiling."""
+    """The matrix products of a forward and nothing else, in each of PyTorch's ways with them and in ours: the fastest is the
+    ceiling."""
     config = sliced(models.layers)
     d, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     wide = (heads + 2 * config["num_key_value_heads"]) * d // heads
@@ -306,7 +309,9 @@ def in_bytes(weight):
     return lambda x: torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, kept, ones, zeros, None, *how)
 
 
-WAYS = {"plain": plain, "packed": packed} if torch.backends.mkldnn.is_available() else {"plain": plain}
+WAYS = {"plain": plain}
+WAYS |= {"packed": packed} if torch.backends.mkldnn.is_available() else {}
+WAYS |= {"widened": Widened} if _C.multiplies_floats() else {}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
