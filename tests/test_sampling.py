@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tts_engine.sampling import Sampling, gumbel, philox, philox_key, sample, sample_slowly
+from tts_engine import sampling as module
+from tts_engine.sampling import Sampling, gumbel, log_probabilities, philox, philox_key, sample, sample_slowly
 
 KEY = np.array([[1, 2]], np.uint32)
 
@@ -111,7 +112,7 @@ def test_the_fast_sampler_draws_what_the_definition_draws(vocab_size, spread):
     positions = rng.integers(5000, size=60)
     before = torch.get_num_threads()
     for number, temperature in enumerate((0.05, 0.7, 1.0, 3.0)):
-        for limits in ({}, {"top_k": 2}, {"top_p": 0.6}):
+        for limits in ({}, {"top_k": 2}, {"top_p": 0.6}, {"top_k": 9, "top_p": 0.8, "min_p": 0.1}):
             sampling = Sampling(temperature=temperature, **limits)
             torch.set_num_threads(1 + number)
             try:
@@ -121,19 +122,65 @@ def test_the_fast_sampler_draws_what_the_definition_draws(vocab_size, spread):
             np.testing.assert_array_equal(out, sample_slowly(logits, rows, sampling, keys, identities, positions))
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (5, 1.0), (0, 0.3), (0, 0.9), (5, 0.8), (3, 0.95), (50, 1.0)])
-def test_top_k_then_top_p_leave_exactly_the_tokens_that_transformers_leaves(top_k, top_p):
-    from transformers import TopKLogitsWarper, TopPLogitsWarper
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(1, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.3, 0.0), (0, 0.9, 0.0), (5, 0.8, 0.0), (3, 0.95, 0.0), (50, 1.0, 0.0), (0, 1.0, 0.2),
+     (0, 1.0, 1.0), (6, 1.0, 0.1), (0, 0.7, 0.05), (7, 0.9, 0.3)],
+)  # fmt: skip
+def test_top_k_then_top_p_then_min_p_leave_exactly_the_tokens_that_transformers_leaves(top_k, top_p, min_p):
+    """And those come as often as a softmax over them says."""
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     logits = 2 * torch.randn(1, 23, generator=torch.Generator().manual_seed(2))
-    left = logits / 0.7
+    left, count = logits / 0.7, 20_000
     if top_k:
         left = TopKLogitsWarper(top_k)(None, left)
-    left = TopPLogitsWarper(top_p)(None, left)
-    ref = set(torch.isfinite(left[0]).nonzero().flatten().tolist())
-    tokens = draw(logits, Sampling(temperature=0.7, top_k=top_k, top_p=top_p), 20_000)
-    allowed = {token for token in ref if left[0].softmax(-1)[token] * 20_000 > 20}
-    assert allowed <= set(tokens.tolist()) <= ref
+    left = MinPLogitsWarper(min_p)(None, TopPLogitsWarper(top_p)(None, left))
+    tokens = draw(logits, Sampling(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p), count)
+    expected, seen = count * left[0].double().softmax(-1).numpy(), np.bincount(tokens, minlength=23)
+    likely = expected > 20
+    assert not seen[expected == 0].any() and seen[likely].all()
+    assert ((seen - expected)[likely] ** 2 / expected[likely]).sum() < 48.3  # 22 degrees of freedom: once in a thousand
+
+
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [
+        ({"top_k": 3}, 3),
+        ({"top_p": 0.5}, 4),  # 4 of 8 have it all
+        ({"top_p": 0.51}, 5),
+        ({"top_k": 6, "top_p": 0.5}, 3),  # of the 6 that were left
+        ({"top_p": 0.5, "min_p": 1.0}, 4),
+        ({"min_p": 1.0}, 8),
+    ],
+    ids=str,
+)
+def test_of_equal_tokens_the_first_stay(limits, kept):
+    logits = torch.tensor([[-1e30] + [0.0, -0.0] * 4])  # and numbers that are equal count as equal, whatever their sign
+    assert set(draw(logits, Sampling(temperature=1.0, **limits), 300)) == set(range(1, kept + 1))
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 30, "top_p": 0.8, "min_p": 0.01}], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_gpu_draws_what_the_definition_draws(temperature, limits):
+    """Its kernels interpreted, in one go for all rows."""
+    pytest.importorskip("triton")
+    logits, rows = 2 * torch.randn(3, 140, generator=torch.Generator().manual_seed(5)), np.array([2, 0, 2, 1])
+    logits[1, 3] = torch.nan
+    given = np.tile(KEY + np.uint32(2**31), (4, 1)), np.array([5, 2**63 + 7, 1, 0], np.uint64), np.array([0, 9, 4000, 7])
+    settings = Sampling(temperature=temperature, **limits)
+    columns = [np.ascontiguousarray(x, dtype) for x, dtype in zip((rows, *given), module.DRAW_DTYPES, strict=True)]
+    out = module._sample_on_gpu(logits, settings, columns)
+    assert out.dtype == np.int64 and out[3] == -1
+    np.testing.assert_array_equal(out, sample_slowly(logits, rows, settings, *given))
+
+
+def test_a_log_probability_is_of_the_whole_vocabulary_at_temperature_1():
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, -torch.inf, 0.0]])
+    out = log_probabilities(logits, np.array([0, 1, 1, 0]), np.array([2, 0, 1, -1]))
+    ref = [2 - np.log(1 + np.e + np.e**2), np.log(0.5), -np.inf, np.nan]
+    np.testing.assert_allclose(out, np.array(ref, np.float32), rtol=1e-6)
+    assert out.dtype == np.float32
 
 
 def test_restricting_changes_a_draw_only_where_its_token_was_ruled_out():
@@ -147,7 +194,8 @@ def test_restricting_changes_a_draw_only_where_its_token_was_ruled_out():
 
 @pytest.mark.parametrize("setting", [{"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")},
                                      {"temperature": 1.0, "top_k": -1}, {"temperature": 1.0, "top_p": 0.0},
-                                     {"temperature": 1.0, "top_p": 1.1}], ids=str)  # fmt: skip
+                                     {"temperature": 1.0, "top_p": 1.1}, {"temperature": 1.0, "min_p": -0.1},
+                                     {"temperature": 1.0, "min_p": float("nan")}], ids=str)  # fmt: skip
 def test_senseless_settings_are_named(setting):
     with pytest.raises(ValueError, match=f"{list(setting)[-1]}="):
         Sampling(**setting)

@@ -1,6 +1,8 @@
 """What a PRM reads a score with: one hidden state in, a probability out. float32, and no vocabulary is ever multiplied through.
 
-Always computed in tiles: a score does not depend on which other scores are read with it.
+Always computed in tiles, or on a GPU by a kernel row by row: a score does not depend on which other scores are read with it. Hidden
+states come normed, and of the tokens read alone, as the decoder computes its last layer for no others: to norm them here would save
+one pass over so few rows, and every head would need a decoder's weight.
 """
 
 import torch
@@ -32,8 +34,7 @@ class PairHead:
     @torch.inference_mode()
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden [R, d] -> float32 [R]."""
-        (scores,) = in_tiles(lambda difference, h: (torch.sigmoid((h.float() * difference).sum(-1)),), self._difference, hidden)
-        return scores
+        return _by_rows(self._difference, 0.0, hidden)
 
 
 class TwoClassHead:
@@ -43,7 +44,7 @@ class TwoClassHead:
         """weight_0 [d, d], bias_0 [d], weight_2 [2, d], bias_2 [2]."""
         self._weight, self._bias = weight_0.float(), bias_0.float()
         # The softmax of two is the sigmoid of their difference: the two rows fold into one.
-        self._difference, self._offset = weight_2[1].float() - weight_2[0].float(), bias_2[1].float() - bias_2[0].float()
+        self._difference, self._offset = weight_2[1].float() - weight_2[0].float(), float(bias_2[1].float() - bias_2[0].float())
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, hidden_size: int, *, hidden: str = "score.0", out: str = "score.2",
@@ -59,8 +60,10 @@ class TwoClassHead:
         return scores
 
     def _read(self, weight: Tensor, hidden: Tensor) -> tuple[Tensor]:
-        inner = F.linear(hidden.float(), weight, self._bias).relu()
-        return (torch.sigmoid((inner * self._difference).sum(-1) + self._offset),)
+        inner = F.linear(hidden.float(), weight, self._bias)
+        if inner.is_cuda:
+            return (_on_gpu(self._difference, self._offset, inner, relu=True),)
+        return (_share(self._difference, self._offset, inner.relu()),)
 
 
 class ValueHead:
@@ -68,7 +71,7 @@ class ValueHead:
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         """weight [1, d], bias [1]."""
-        self._weight, self._bias = weight[0].float(), bias[0].float()
+        self._weight, self._bias = weight[0].float(), float(bias[0])
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, hidden_size: int, *, linear: str = "v_head.summary",
@@ -79,8 +82,26 @@ class ValueHead:
     @torch.inference_mode()
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden [R, d] -> float32 [R]."""
-        (scores,) = in_tiles(lambda weight, h: (torch.sigmoid((h.float() * weight).sum(-1) + self._bias),), self._weight, hidden)
-        return scores
+        return _by_rows(self._weight, self._bias, hidden)
+
+
+def _by_rows(direction: Tensor, offset: float, hidden: Tensor) -> Tensor:
+    """sigmoid(h . direction + offset), float32 [R], for each row h of hidden [R, d]; direction float32 [d]."""
+    if hidden.is_cuda:
+        return _on_gpu(direction, offset, hidden)
+    (scores,) = in_tiles(lambda weight, h: (_share(weight, offset, h),), direction, hidden)
+    return scores
+
+
+def _share(direction: Tensor, offset: float, hidden: Tensor) -> Tensor:
+    return torch.sigmoid((hidden.float() * direction).sum(-1) + offset)
+
+
+def _on_gpu(direction: Tensor, offset: float, hidden: Tensor, *, relu: bool = False) -> Tensor:
+    """The same in one launch; with `relu` what is below 0 counts as 0."""
+    from tts_kernels.prm_score import prm_score
+
+    return prm_score(hidden, None, direction, offset=offset, relu=relu)
 
 
 def _read_linear(checkpoint: Checkpoint, name: str, rows: int, columns: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
