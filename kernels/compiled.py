@@ -21,7 +21,7 @@ from .launch import Launch
 CAPABILITIES = (90, 80)
 SHAPES = ((32, 8, 64), (28, 4, 128))  # H, K, D: Llama-3.2-1B, Qwen2.5-7B
 FEW = ("tree_attention 64+16x64 sm_90", "tree_attention 64+16x128 sm_90", "tree_attention 64+16x128 sm_80", "sample sm_90",
-       "store_kv 128 normed sm_90", "fp8_rows 3584 sm_90")  # fmt: skip
+       "choose restricted sm_90", "store_kv 128 normed sm_90", "fp8_rows 3584 sm_90")  # fmt: skip
 
 
 def variants() -> Iterator[tuple[str, Launch]]:
@@ -69,12 +69,12 @@ def variants() -> Iterator[tuple[str, Launch]]:
             yield f"swiglu {heads * dim // 2} sm_{cc}", swiglu.prepare(wide, wide[:, ::2].contiguous(), capability=cc)
             yield f"fp8_rows {heads * dim} sm_{cc}", fp8_rows.prepare(wide, wide.char(), scores, 1e-30, capability=cc)
             for draws in lm_head_sample.ROWS:
-                place, best = torch.zeros(draws, dtype=torch.int64), torch.zeros(draws, 4)
+                place, partial = torch.zeros(draws, dtype=torch.int64), torch.zeros(sample.PLANES, draws, 4)
+                given = place, ints(draws, 2), place, place, torch.zeros(draws)
                 yield (
                     f"lm_head_sample {draws}x{heads * dim} sm_{cc}",
-                    lm_head_sample.prepare(wide, wide, place, ints(draws, 2), place, place, best, best.long(), 0.7, capability=cc),
+                    lm_head_sample.prepare(wide, wide, *given, partial, logprob=True, capability=cc),
                 )
-        logits, best, token = torch.zeros(4, 128_256), torch.zeros(4, 16), torch.zeros(4, 16, dtype=torch.int64)
         numbers, one = {name: at for name in ("token", "position", "next_position", "slot")}, ints(4)
         rows = advance.Rows(**numbers, slots=at[None].repeat(3, 1), state=one, room=one, grown=one, drawn=one, stop=one,
                             tokens=ints(2, 4))  # fmt: skip
@@ -83,7 +83,14 @@ def variants() -> Iterator[tuple[str, Launch]]:
                 f"advance {'counts' if after is None else 'table'} sm_{cc}",
                 advance.prepare(rows, at, after, torch.zeros(128_256, dtype=torch.uint8), last_state=2, capability=cc),
             )
-        yield f"sample sm_{cc}", sample.prepare(logits, at, ints(4, 2), at, at, best, token, 0.7, capability=cc)
+        logits, logprobs, given = torch.zeros(4, 128_256), torch.zeros(4), (at, ints(4, 2), at, at, torch.zeros(4))
+        partial, limits = torch.zeros(sample.PLANES, 4, sample.num_pieces(128_256)), (ints(4), torch.zeros(4), torch.zeros(4))
+        yield f"sample sm_{cc}", sample.prepare(logits, *given, partial, logprob=True, capability=cc)
+        yield f"choose sm_{cc}", sample.prepare_choice(partial, at, logprobs, capability=cc)
+        yield (
+            f"choose restricted sm_{cc}",
+            sample.prepare_choice(partial, at, logprobs, logits, given, limits, capability=cc),
+        )
 
 
 def resources(launch: Launch) -> dict[str, Any]:
