@@ -4,12 +4,14 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "cpu_ops.h"
 #include "kv_tree.h"
 #include "linear.h"
+#include "rows.h"
 #include "sampling.h"
 #include "tree_attention.h"
 #include "tree_plan.h"
@@ -17,6 +19,8 @@
 namespace py = pybind11;
 using tts::Forest;
 using tts::KVTree;
+using tts::Row;
+using tts::Rows;
 using tts::TreePlan;
 
 namespace {
@@ -51,6 +55,13 @@ const T* column(const char* name, const Array<T>& array, py::ssize_t num_rows) {
   return array.data();
 }
 
+template <class T>
+Array<T> copied(const std::vector<T>& list) {
+  Array<T> array(list.size());
+  std::copy(list.begin(), list.end(), array.mutable_data());
+  return array;
+}
+
 size_t extend_many(KVTree& tree, const Array<int64_t>& leases, int64_t num_tokens) {
   const int64_t* data = column("leases", leases, leases.size());
   py::gil_scoped_release unlocked;
@@ -80,6 +91,19 @@ void write_slots(const KVTree& tree, const Array<int64_t>& handles, const Array<
   tree.write_slots(handle, lease, start, count, num_rows, slots, out.size());
 }
 
+py::tuple lay_out(const KVTree& tree, const Array<int64_t>& handles, const Array<bool>& is_lease, const Array<int32_t>& starts,
+                  const Array<int32_t>& counts, const Array<int32_t>& path_starts) {
+  const py::ssize_t num_rows = handles.size();
+  const int64_t* handle = column("handles", handles, num_rows);
+  const bool* lease = column("is_lease", is_lease, num_rows);
+  const int32_t* start = column("starts", starts, num_rows);
+  const int32_t* count = column("counts", counts, num_rows);
+  const int32_t* path_start = column("path_starts", path_starts, num_rows);
+  const tts::Places places = tree.lay_out(handle, lease, start, count, path_start, num_rows);
+  return py::make_tuple(copied(places.row_starts), copied(places.ends), copied(places.lens), copied(places.positions),
+                        copied(places.slots));
+}
+
 Forest forest(const KVTree& tree, const Array<int64_t>& handles, const Array<bool>& is_lease, const Array<int32_t>& ends) {
   const py::ssize_t num_rows = handles.size();
   const int64_t* handle = column("handles", handles, num_rows);
@@ -90,8 +114,6 @@ Forest forest(const KVTree& tree, const Array<int64_t>& handles, const Array<boo
 }
 
 std::vector<int32_t> listed(const Array<int32_t>& array) { return {array.data(), array.data() + array.size()}; }
-
-Array<int32_t> copied(const std::vector<int32_t>& list) { return Array<int32_t>(list.size(), list.data()); }
 
 // Records of int32 fields as a table [records, fields].
 template <class Record>
@@ -114,6 +136,27 @@ TreePlan tree_plan(const Forest& forest, const Array<int32_t>& starts, const Arr
 bool reserve(TreePlan& plan, const Array<int64_t>& new_slots) {
   if (new_slots.ndim() != 2) throw std::invalid_argument("new_slots must be [steps, rows]");
   return plan.reserve(new_slots.data(), new_slots.shape(0), new_slots.shape(1));
+}
+
+py::tuple follow(const Rows& rows, const std::vector<tts::Run>& runs, const std::vector<int64_t>& sources, size_t num_rows) {
+  const auto [columns, reads] = rows.follow(runs, sources, num_rows);
+  return py::make_tuple(copied(columns.handles), copied(columns.is_lease), copied(columns.starts), copied(columns.counts),
+                        copied(columns.path_starts), copied(columns.token_ids), copied(reads.tokens), copied(reads.sources));
+}
+
+py::tuple draws(const Rows& rows, int32_t sampling, const Array<int64_t>& sources) {
+  const tts::Draws found = rows.draws(sampling, column("sources", sources, sources.size()), sources.size());
+  Array<uint32_t> keys({found.rows.size(), size_t{2}});
+  std::copy(found.keys.begin(), found.keys.end(), keys.mutable_data());
+  return py::make_tuple(copied(found.rows), copied(found.sources), keys, copied(found.identities), copied(found.positions));
+}
+
+std::vector<std::pair<int64_t, int32_t>> append(Rows& rows, const Array<int64_t>& tokens, const std::optional<Array<uint8_t>>& after,
+                                                const Array<bool>& eos, int32_t closed) {
+  const py::ssize_t vocab = eos.size();
+  if (after && (after->ndim() != 2 || after->shape(1) != vocab)) throw std::invalid_argument("after must be [states, vocabulary]");
+  const tts::Rule rule{after ? after->data() : nullptr, column("eos", eos, vocab), after ? after->shape(0) : 0, vocab, closed};
+  return rows.append(column("tokens", tokens, tokens.size()), tokens.size(), rule);
 }
 
 template <class T>
@@ -221,8 +264,10 @@ PYBIND11_MODULE(_C, module) {
       .def("extend", &KVTree::extend, py::arg("lease"), py::arg("num_tokens"))
       .def("extend_many", extend_many, py::arg("leases").noconvert(), py::arg("num_tokens"))
       .def("seal", &KVTree::seal, py::arg("lease"), py::arg("tokens"), py::arg("computed"))
+      .def("keep", &KVTree::keep, py::arg("lease"), py::arg("tokens"), py::arg("computed"))
       .def("release", &KVTree::release, py::arg("lease"))
       .def("lease_start", &KVTree::lease_start, py::arg("lease"))
+      .def("available", &KVTree::available)
       .def("evict", &KVTree::evict, py::arg("num_blocks"))
       .def("evict_all", &KVTree::evict_all)
       .def("counts",
@@ -235,6 +280,7 @@ PYBIND11_MODULE(_C, module) {
            py::arg("lens").noconvert(), py::arg("out"))
       .def("write_slots", write_slots, py::arg("handles").noconvert(), py::arg("is_lease").noconvert(),
            py::arg("starts").noconvert(), py::arg("counts").noconvert(), py::arg("out"))
+      .def("lay_out", lay_out, py::arg("handles"), py::arg("is_lease"), py::arg("starts"), py::arg("counts"), py::arg("path_starts"))
       .def("forest", forest, py::arg("handles").noconvert(), py::arg("is_lease").noconvert(), py::arg("ends").noconvert())
       .def_property_readonly("num_blocks", &KVTree::num_blocks)
       .def_property_readonly("block_size", &KVTree::block_size);
@@ -270,6 +316,21 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("merge_slots", [](const TreePlan& p) { return copied(p.merge_slots); })
       .def_readonly("num_partials", &TreePlan::num_partials);
 
+  PYBIND11_NUMPY_DTYPE(Row, lease, newest, identity, key, sampling, path_start, length, room, state);
+  py::class_<Rows>(module, "Rows")
+      .def(py::init<size_t>(), py::arg("most"))
+      .def_property_readonly(
+          "records", [](Rows& rows) { return py::array_t<Row>(rows.records().size(), rows.records().data(), py::cast(rows)); })
+      .def("add",
+           [](Rows& rows, size_t place, int64_t lease, uint64_t identity, std::pair<uint32_t, uint32_t> key, int32_t sampling,
+              int32_t path_start, int32_t length, int32_t room, int32_t state) {
+             rows.add(place, {lease, 0, identity, {key.first, key.second}, sampling, path_start, length, room, state});
+           })
+      .def("follow", follow, py::arg("runs"), py::arg("sources"), py::arg("num_rows"))
+      .def("draws", draws, py::arg("sampling"), py::arg("sources").noconvert())
+      .def("append", append, py::arg("tokens").noconvert(), py::arg("after").noconvert(), py::arg("eos").noconvert(),
+           py::arg("closed"));
+
   module.def("instruction_sets", &tts::instruction_sets);
   module.def("tree_attention", tree_attention, py::arg("plan"), py::arg("q"), py::arg("q_stride"), py::arg("k"), py::arg("v"),
              py::arg("out"), py::kw_only(), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
@@ -284,6 +345,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("packed_entries", &tts::packed_entries);
   module.def("pack", pack);
   module.def("linear", linear);
+  module.def("philox", &tts::philox, py::arg("counter"), py::arg("key"));
   module.def("sample", sample, py::arg("logits"), py::arg("num_logit_rows"), py::arg("vocab_size"), py::arg("temperature"),
              py::arg("rows").noconvert(), py::arg("keys").noconvert(), py::arg("identities").noconvert(),
              py::arg("positions").noconvert(), py::arg("num_threads"));

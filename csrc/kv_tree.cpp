@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 namespace tts {
 namespace {
@@ -9,6 +10,11 @@ namespace {
 std::string str(int64_t value) { return std::to_string(value); }
 
 [[noreturn]] void refuse(const std::string& sentence) { throw std::invalid_argument(sentence); }
+
+void refuse_unless_within(int64_t computed, const Tokens& tokens) {
+  if (computed < 0 || computed > static_cast<int64_t>(tokens.size()))
+    refuse(str(computed) + " computed tokens in a step of " + str(tokens.size()));
+}
 
 [[noreturn]] void report(const std::string& sentence) {
   throw std::logic_error("the KV tree's books are wrong: " + sentence);
@@ -143,6 +149,7 @@ int64_t KVTree::lease(int64_t parent) {
   lease.parent = nodes_.checked(parent);
   leases_.prepare();
   pin(parent);
+  touch(nodes_[parent], parent);
   return leases_.add(std::move(lease));
 }
 
@@ -174,8 +181,7 @@ int64_t KVTree::seal(int64_t handle, const Tokens& tokens, int64_t computed) {
   const int64_t num_tokens = static_cast<int64_t>(tokens.size());
   if (num_tokens > lease.num_tokens)
     refuse("a lease with room for " + str(lease.num_tokens) + " tokens cannot be sealed with " + str(num_tokens));
-  if (computed < 0 || computed > num_tokens)
-    refuse(str(computed) + " computed tokens in a step of " + str(num_tokens));
+  refuse_unless_within(computed, tokens);
   const uint64_t key = child_key(lease.parent, tokens);
   int64_t node = lookup(lease.parent, tokens, key);
   if (node == kNone) {
@@ -189,6 +195,18 @@ int64_t KVTree::seal(int64_t handle, const Tokens& tokens, int64_t computed) {
   }
   hold(node);
   release(handle);
+  return node;
+}
+
+int64_t KVTree::keep(int64_t handle, const Tokens& tokens, int64_t computed) {
+  refuse_unless_within(computed, tokens);
+  const int64_t lacking = static_cast<int64_t>(tokens.size()) - leases_[leases_.checked(handle)].num_tokens;
+  if (lacking > 0 && !extend(handle, lacking)) {
+    release(handle);
+    return kNone;
+  }
+  const int64_t node = seal(handle, tokens, computed);
+  drop(node);
   return node;
 }
 
@@ -216,7 +234,7 @@ int64_t KVTree::blocks_for(int64_t num_tokens) const noexcept { return (num_toke
 
 // Everything idle can be evicted, for no descendant of an idle node is pinned: what cannot succeed evicts nothing.
 bool KVTree::make_room(int64_t num_blocks) noexcept {
-  if (static_cast<int64_t>(free_.size()) + idle_ < num_blocks) return false;
+  if (available() < num_blocks) return false;
   while (static_cast<int64_t>(free_.size()) < num_blocks) evict_oldest();
   return true;
 }
@@ -356,10 +374,12 @@ Forest KVTree::forest(const int64_t* handles, const bool* is_lease, const int32_
       refuse("row " + str(b) + " asks for " + str(ends[b]) + " of the " + str(len) + " tokens of its step");
     len = ends[b];
   }
+  found.slots.resize(std::accumulate(found.len.begin(), found.len.end(), size_t{0}));
+  int32_t* at = found.slots.data();
   for (size_t i = 0; i < blocks.size(); ++i) {
-    found.first.push_back(static_cast<int32_t>(found.slots.size()));
+    found.first.push_back(static_cast<int32_t>(at - found.slots.data()));
     for_runs(*blocks[i], block_size_, 0, found.len[i], [&](int64_t slot, int64_t count) {
-      for (int64_t k = 0; k < count; ++k) found.slots.push_back(static_cast<int32_t>(slot + k));
+      for (int64_t k = 0; k < count; ++k) *at++ = static_cast<int32_t>(slot + k);
     });
   }
   return found;
@@ -381,6 +401,21 @@ void KVTree::write_slots(const int64_t* handles, const bool* is_lease, const int
     });
   }
   if (out != out_end) refuse("the output has " + str(out_end - out) + " places more than the rows have tokens");
+}
+
+Places KVTree::lay_out(const int64_t* handles, const bool* is_lease, const int32_t* starts, const int32_t* counts,
+                       const int32_t* path_starts, size_t num_rows) const {
+  Places places;
+  places.row_starts.push_back(0);
+  for (size_t b = 0; b < num_rows; ++b) {
+    places.row_starts.push_back(places.row_starts.back() + counts[b]);
+    places.ends.push_back(starts[b] + counts[b]);
+    places.lens.push_back(path_starts[b] + places.ends.back());
+    for (int32_t i = counts[b]; i > 0; --i) places.positions.push_back(places.lens.back() - i);
+  }
+  places.slots.resize(places.positions.size());
+  write_slots(handles, is_lease, starts, counts, num_rows, places.slots.data(), places.slots.size());
+  return places;
 }
 
 // ---- the audit

@@ -26,6 +26,14 @@ struct Counts {
   int64_t free, filling, pinned, idle;  // blocks
 };
 
+// B runs of consecutive new tokens, T in all.
+struct Places {
+  std::vector<int32_t> row_starts;  // [B + 1], tokens of run b are row_starts[b] : row_starts[b + 1]
+  std::vector<int32_t> ends, lens;  // [B], up to its last token: of its own node or lease, and of the whole path
+  std::vector<int64_t> positions;   // [T], on their paths
+  std::vector<int64_t> slots;       // [T]
+};
+
 // Records behind handles `index | generation << 32`, never 0: a place is reused, its handle is not. Two pools whose
 // first generations differ in parity never accept each other's handles.
 template <class T>
@@ -119,6 +127,7 @@ class KVTree {
   bool extend(int64_t lease, int64_t num_tokens);
   size_t extend_many(const int64_t* leases, size_t num_leases, int64_t num_tokens);  // how many leading ones it reached
   int64_t seal(int64_t lease, const Tokens& tokens, int64_t computed);
+  int64_t keep(int64_t lease, const Tokens& tokens, int64_t computed);  // sealed, held by nobody; kNone, released, if it does not fit
   void release(int64_t lease);
   int64_t lease_start(int64_t lease) const { return nodes_[leases_[leases_.checked(lease)].parent].path_end; }
 
@@ -126,6 +135,7 @@ class KVTree {
   int64_t evict(int64_t num_blocks);  // blocks freed: at least num_blocks unless everything idle is gone
   int64_t evict_all() { return evict(num_blocks_); }
   Counts counts() const noexcept;
+  int64_t available() const noexcept { return static_cast<int64_t>(free_.size()) + idle_; }
   void check() const;  // recounts everything; std::logic_error with a sentence if the books are wrong
 
   // Slots (block * block_size + offset) of whole batches, into the caller's buffers.
@@ -133,6 +143,10 @@ class KVTree {
                      size_t width) const;
   void write_slots(const int64_t* handles, const bool* is_lease, const int32_t* starts, const int32_t* counts,
                    size_t num_rows, int64_t* out, size_t num_out) const;
+
+  // Where the new tokens of a batch stand.
+  Places lay_out(const int64_t* handles, const bool* is_lease, const int32_t* starts, const int32_t* counts,
+                 const int32_t* path_starts, size_t num_rows) const;
 
   // The nodes under a batch's rows; row b's own one, or lease, with its first ends[b] tokens.
   Forest forest(const int64_t* handles, const bool* is_lease, const int32_t* ends, size_t num_rows) const;
@@ -143,10 +157,11 @@ class KVTree {
  private:
   using Evictable = std::set<std::pair<int64_t, int64_t>>;  // (last use, node), oldest first
 
-  struct Node {
+  struct alignas(64) Node {  // what `forest` reads of each comes first, in one line of the cache
     int64_t parent = kNone;
     Tokens tokens;
     Blocks blocks;
+    mutable int32_t visited = -1;  // its place in the forest that is being listed
     uint64_t key = 0;      // where the index files it
     int64_t computed = 0;  // leading tokens whose K and V are written
     int64_t path_end = 0;  // tokens from the top of the path to the end of this node
@@ -154,7 +169,6 @@ class KVTree {
     int64_t holds = 0;     // by callers
     int64_t pins = 0;      // holds + leases under it + pinned children: pinned while > 0
     int64_t children = 0;  // resident ones
-    mutable int32_t visited = -1;  // its place in the forest that is being listed
     Evictable::node_type ticket;  // its entry of evictable_, kept here while not entered: listing never allocates
   };
 

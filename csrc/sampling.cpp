@@ -32,17 +32,8 @@ struct Stream {
 // Philox4x32-10 at kCounters counters from `first` on; the words of a counter side by side.
 void philox_anywhere(const Stream& stream, uint32_t first, uint32_t words[kTokens]) {
   for (uint32_t i = 0; i < kCounters; ++i) {
-    uint32_t c0 = first + i, c1 = stream.position, c2 = stream.identity[0], c3 = stream.identity[1];
-    uint32_t k0 = stream.key[0], k1 = stream.key[1];
-    for (int round = 0; round < 10; ++round, k0 += kWeyl[0], k1 += kWeyl[1]) {
-      const uint64_t p0 = uint64_t{kMultipliers[0]} * c0, p1 = uint64_t{kMultipliers[1]} * c2;
-      c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-      c1 = static_cast<uint32_t>(p1);
-      c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-      c3 = static_cast<uint32_t>(p0);
-    }
-    const uint32_t found[4] = {c0, c1, c2, c3};
-    std::copy_n(found, 4, words + 4 * i);
+    const auto found = philox({first + i, stream.position, stream.identity[0], stream.identity[1]}, {stream.key[0], stream.key[1]});
+    std::copy_n(found.data(), 4, words + 4 * i);
   }
 }
 
@@ -75,9 +66,9 @@ __attribute__((target("avx512f"))) void philox_avx512(const Stream& stream, uint
 
 #pragma GCC diagnostic pop
 
-const auto philox = __builtin_cpu_supports("avx512f") ? philox_avx512 : philox_anywhere;
+const auto philox_here = __builtin_cpu_supports("avx512f") ? philox_avx512 : philox_anywhere;
 #else
-const auto philox = philox_anywhere;
+const auto philox_here = philox_anywhere;
 #endif
 
 float gumbel(uint32_t word) {
@@ -85,18 +76,28 @@ float gumbel(uint32_t word) {
   return static_cast<float>(-std::log(-std::log(uniform)));
 }
 
+// NaN where there is one.
 TTS_CLONES float highest(const float* x, int count) {
   Floats tops = Floats{} - std::numeric_limits<float>::infinity();
+  Ints unordered = {};
   int i = 0;
   for (; i + 16 <= count; i += 16) {
     Floats here;
     __builtin_memcpy(&here, x + i, sizeof here);
     tops = here > tops ? here : tops;
+    unordered |= here != here;
   }
   float top = -std::numeric_limits<float>::infinity();
-  for (int lane = 0; lane < 16; ++lane) top = std::max(top, tops[lane]);
-  for (; i < count; ++i) top = std::max(top, x[i]);
-  return top;
+  int32_t any = 0;
+  for (int lane = 0; lane < 16; ++lane) {
+    top = std::max(top, tops[lane]);
+    any |= unordered[lane];
+  }
+  for (; i < count; ++i) {
+    top = std::max(top, x[i]);
+    any |= x[i] != x[i];
+  }
+  return any ? std::numeric_limits<float>::quiet_NaN() : top;
 }
 
 // Which of the first `count` of kTokens tokens from `x` on could reach `best` with their random words; how many. Noise is at
@@ -127,35 +128,54 @@ TTS_CLONES int contenders(const float* x, float temperature, const uint32_t word
 
 int64_t draw(const SamplingCall& call, const float* logits, const Stream& stream) {
   const int vocab = call.vocab_size;
-  const int top = static_cast<int>(std::find(logits, logits + vocab - 1, highest(logits, vocab)) - logits);
+  const float most = highest(logits, vocab);
+  if (!std::isfinite(most)) return -1;
+  const int top = static_cast<int>(std::find(logits, logits + vocab, most) - logits);
   uint32_t words[kTokens];
   const auto total = [&](int token, int first) { return logits[token] / call.temperature + gumbel(words[token - first]); };
   const int home = top / kTokens * kTokens;
-  philox(stream, static_cast<uint32_t>(home / 4), words);
+  philox_here(stream, static_cast<uint32_t>(home / 4), words);
   int64_t winner = top;
   float best = total(top, home);
   uint8_t chosen[kTokens];
   float tail[kTokens] = {};
-  for (int first = 0; first < vocab; first += kTokens) {
+  const auto contend = [&](int first) {  // with the words at hand
     const int count = std::min(kTokens, vocab - first);
     const float* x = logits + first;
-    if (highest(x, count) / call.temperature + kMostNoise < best) continue;
     if (count < kTokens) x = std::copy_n(x, count, tail) - count;
-    philox(stream, static_cast<uint32_t>(first / 4), words);
     const int found = contenders(x, call.temperature, words, best, count, chosen);
     for (int i = 0; i < found; ++i) {
       const int token = first + chosen[i];
+      if (token == top) continue;  // is counted
       const float score = total(token, first);
       if (score > best || (score == best && token < winner)) {
         best = score;
         winner = token;
       }
     }
+  };
+  contend(home);
+  for (int first = 0; first < vocab; first += kTokens) {
+    if (first == home || highest(logits + first, std::min(kTokens, vocab - first)) / call.temperature + kMostNoise < best) continue;
+    philox_here(stream, static_cast<uint32_t>(first / 4), words);
+    contend(first);
   }
   return winner;
 }
 
 }  // namespace
+
+std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+  auto [c0, c1, c2, c3] = counter;
+  for (int round = 0; round < 10; ++round, key[0] += kWeyl[0], key[1] += kWeyl[1]) {
+    const uint64_t p0 = uint64_t{kMultipliers[0]} * c0, p1 = uint64_t{kMultipliers[1]} * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ key[0];
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ key[1];
+    c3 = static_cast<uint32_t>(p0);
+  }
+  return {c0, c1, c2, c3};
+}
 
 void sample(const SamplingCall& call, const int64_t* rows, const uint32_t* keys, const uint64_t* identities,
             const int64_t* positions, size_t count, int64_t* tokens, int num_threads) {

@@ -73,7 +73,7 @@ FAULTS = [
           "(q * keys).sum(-1) / math.sqrt(dim)", "(q * keys).sum(-1)",
           "tests/attention/test_reference.py::test_reference_is_softmax_of_scaled_scores_times_values"),
     Fault("a marker across two tokens overlooked", "tts_engine/steps.py",
-          "return self._after[states, tokens]", "return self._after[np.where(states > CLOSED, TEXT, states), tokens]",
+          "return self.after[states, tokens]", "return self.after[np.where(states > CLOSED, TEXT, states), tokens]",
           "tests/test_steps.py::test_a_step_closes_where_the_bytes_so_far_hold_the_marker_behind_text"),
     Fault("random numbers that forget the position", "tts_engine/sampling.py",
           "counter[..., 1] = positions.astype(np.uint32)[:, None]", "counter[..., 1] = 0",

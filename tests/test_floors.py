@@ -17,7 +17,7 @@ FLOORS = {
     3: {"attention"},
     4: {"models"},
     5: {"runner", "graphs", "sampling"},
-    6: {"steps", "policy", "prm"},
+    6: {"steps", "rows", "policy", "prm"},
     7: {"engine", "tasks", "results"},
     8: {"strategy", "report", "embedded"},
     9: {"runs", "score", "rescore", "demo", "bench", "cli", "__main__"},
@@ -29,7 +29,7 @@ FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 NEIGHBOURS = {
     ("branch", "errors"), ("config", "errors"), ("ledger", "errors"),
     ("scheduler", "kv"),
-    ("runner", "graphs"), ("runner", "sampling"), ("policy", "steps"),
+    ("runner", "graphs"), ("runner", "sampling"), ("policy", "steps"), ("policy", "rows"), ("rows", "steps"),
     ("engine", "results"), ("engine", "tasks"), ("results", "tasks"),
     ("score", "runs"), ("rescore", "runs"), ("rescore", "score"), ("demo", "runs"),
     ("cli", "runs"), ("cli", "score"), ("cli", "rescore"), ("cli", "demo"), ("cli", "bench"),

@@ -172,7 +172,7 @@ def test_an_engine_cuts_steps_as_it_is_told(tmp_path):
     with Engine.from_pretrained(tmp_path, steps="header", kv_bytes=1 << 20) as engine:
         rule = engine.policy.rule
         for mode in STEP_MARKERS:
-            same = np.array_equal(rule._after, MarkedSteps(rule.token_bytes, [], len(rule.token_bytes), mode)._after)
+            same = np.array_equal(rule.after, MarkedSteps(rule.token_bytes, [], len(rule.token_bytes), mode).after)
             assert same == (mode == "header")
 
 

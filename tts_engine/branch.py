@@ -5,7 +5,6 @@ Tokens are the truth and KV is a cache of them: a branch knows no blocks, no ten
 
 import hashlib
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -58,7 +57,10 @@ class Branch:
     @property
     def depth(self) -> int:
         """How many steps lie behind the prompt."""
-        return sum(1 for _ in self._ancestors())
+        depth, node = 0, self.parent
+        while node is not None:
+            depth, node = depth + 1, node.parent
+        return depth
 
     @property
     def scores(self) -> tuple[float | None, ...]:
@@ -77,12 +79,6 @@ class Branch:
     def ended(self, finish: Finish) -> "Branch":
         """This branch, closed for `finish` unless it has ended already."""
         return self if self.finished else replace(self, finish=finish)
-
-    def _ancestors(self) -> Iterator["Branch"]:
-        node = self.parent
-        while node is not None:
-            yield node
-            node = node.parent
 
 
 def root_branch(prompt_ids: list[int] | tuple[int, ...], text: str = "") -> Branch:

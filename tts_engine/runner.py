@@ -81,27 +81,24 @@ class ModelRunner:
         A run's ancestors must be written already or be runs of this forward. Marking nodes as computed is the caller's.
         """
         s = segments
-        row_starts = np.zeros(len(s.counts) + 1, np.int32)
-        s.counts.cumsum(out=row_starts[1:])
-        ends = s.starts + s.counts
-        lens = s.path_starts + ends
-        positions = np.arange(row_starts[-1], dtype=np.int64) + (lens - row_starts[1:]).repeat(s.counts)
+        places = self.tree.lay_out(s.handles, s.is_lease, s.starts, s.counts, s.path_starts)
         layout = BatchLayout(
             rows=s.handles,
             starts=s.starts,
-            row_starts=row_starts,
-            positions=positions,
-            write_slots=self.tree.write_slots(s.handles, s.is_lease, s.starts, s.counts),
-            context_lens=lens,
-            paths=TreePaths(self.tree, s.handles, s.is_lease, ends, lens),
+            ends=places.ends,
+            row_starts=places.row_starts,
+            positions=places.positions,
+            write_slots=places.write_slots,
+            context_lens=places.context_lens,
+            paths=TreePaths(self.tree, s.handles, s.is_lease, places.ends, places.context_lens),
         )
         device = self.decoder.device
-        given = (s.token_ids, positions, read_at)
-        ids, places, reads = (torch.from_numpy(np.ascontiguousarray(x, np.int64)).to(device) for x in given)
+        given = (s.token_ids, places.positions, read_at)
+        ids, positions, reads = (torch.from_numpy(np.ascontiguousarray(x, np.int64)).to(device) for x in given)
         plan = self.backend.plan(layout)
-        read_plan = plan if len(read_at) == len(positions) else self.backend.plan(layout.only(read_at))
+        read_plan = plan if len(read_at) == len(places.positions) else self.backend.plan(layout.only(read_at))
         return self.decoder.forward(
-            ids, places, cache=self.cache, backend=self.backend, plan=plan, read_at=reads, read_plan=read_plan
+            ids, positions, cache=self.cache, backend=self.backend, plan=plan, read_at=reads, read_plan=read_plan
         )
 
     def charge(self, ledger: ModelLedger, *, tokens: int, context_pairs: int) -> None:

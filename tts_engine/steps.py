@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from . import _C  # type: ignore[attr-defined]
 from .errors import EngineError
-from .sampling import philox
 
 # What closes a step once some text stands before it, by the mode's name: literal characters, and [0-9]+ for a number.
 STEP_MARKERS = {"blank-line": "\n\n", "header": "\n## Step", "numbered": "\nStep [0-9]+:"}
@@ -23,6 +23,11 @@ class StepRule(Protocol):
     """What the policy asks about one step while it is drawn."""
 
     eos: np.ndarray  # bool [V], tokens that end step and solution
+
+    @property
+    def after(self) -> np.ndarray | None:
+        """uint8 [states, V], the state behind one more token; None where each token brings a step one nearer to CLOSED."""
+        ...
 
     def start(self, identity: int, key: tuple[int, int]) -> int:
         """The state of a step before its first token; identity and key are those of its random numbers."""
@@ -63,13 +68,13 @@ class MarkedSteps:
         """token_bytes[v]: what token v adds to the text; ids beyond it, up to vocab_size, add nothing."""
         self.token_bytes = [*token_bytes, *[b""] * (vocab_size - len(token_bytes))]
         self.eos = np.isin(np.arange(len(self.token_bytes)), eos_ids)
-        self._after = _over_tokens(_automaton(STEP_MARKERS[mode]), self.token_bytes)
+        self.after = _over_tokens(_automaton(STEP_MARKERS[mode]), self.token_bytes)
 
     def start(self, identity: int, key: tuple[int, int]) -> int:
         return NO_TEXT
 
     def advance(self, tokens: np.ndarray, states: np.ndarray) -> np.ndarray:
-        return self._after[states, tokens]
+        return self.after[states, tokens]
 
     def text(self, tokens: Sequence[int]) -> str:
         """Bytes that are no UTF-8 yet become replacement characters."""
@@ -83,14 +88,16 @@ class DrawnLengths:
     a solution. The text has a letter or digit for each token, which no tokenizer joins, so that a PRM reads as many.
     """
 
+    after = None
+
     def __init__(self, mean: int, vocab_size: int) -> None:
         self.mean = mean
         self.eos = np.zeros(vocab_size, bool)
 
     def start(self, identity: int, key: tuple[int, int]) -> int:
-        counter = np.array([0, NO_POSITION, identity & NO_POSITION, identity >> 32], np.uint32)
         spread = self.mean // 2
-        return CLOSED + self.mean - spread + int(philox(counter, np.array(key, np.uint32))[0]) % (2 * spread + 1)
+        drawn, *_ = _C.philox((0, NO_POSITION, identity & NO_POSITION, identity >> 32), key)
+        return CLOSED + self.mean - spread + drawn % (2 * spread + 1)
 
     def advance(self, tokens: np.ndarray, states: np.ndarray) -> np.ndarray:
         return np.maximum(states - 1, CLOSED)

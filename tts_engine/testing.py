@@ -219,6 +219,7 @@ def flat_layout(slots: Sequence[Sequence[int]], new: Sequence[int]) -> Any:
     return BatchLayout(
         rows=np.array([next(_handles) for _ in slots], np.int64),
         starts=(forest.len[forest.node] - new).astype(np.int32),
+        ends=forest.len[forest.node],
         row_starts=np.concatenate([[0], np.cumsum(new)]).astype(np.int32),
         positions=np.concatenate([np.arange(start, length) for start, length in zip(starts, lens, strict=True)]).astype(np.int64),
         write_slots=np.concatenate([path[start:] for path, start in zip(slots, starts, strict=True)]).astype(np.int64),

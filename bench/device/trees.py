@@ -92,6 +92,7 @@ class Grove:
         return BatchLayout(
             rows=np.arange(len(self.rows), dtype=np.int64),
             starts=(np.array([self.lens[node] for node in self.rows], np.int32) - new),
+            ends=np.array([self.lens[node] for node in self.rows], np.int32),
             row_starts=np.concatenate([[0], np.cumsum(new)]).astype(np.int32),
             positions=np.concatenate([np.arange(length - count, length) for length, count in zip(lens, new, strict=True)]),
             write_slots=np.empty(0, np.int64),

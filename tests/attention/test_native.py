@@ -124,6 +124,7 @@ def tree_layout(tree, handles, is_lease, starts, counts):
     return BatchLayout(
         rows=handles,
         starts=starts,
+        ends=starts + counts,
         row_starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
         positions=np.concatenate([np.arange(n - c, n) for n, c in zip(lens, counts, strict=True)]),
         write_slots=tree.write_slots(handles, is_lease, starts, counts),

@@ -160,6 +160,7 @@ class TreeMachine(RuleBasedStateMachine):
         parent = self.node(i)
         lease = self.tree.lease(parent)
         self.model.leases[lease] = [parent, 0]
+        self.model.touch(parent)
         self.grow(lease, num_tokens)
 
     @precondition(lambda self: self.model.leases)
@@ -198,6 +199,19 @@ class TreeMachine(RuleBasedStateMachine):
         self.settle(node, parent, tokens, computed)
 
     @precondition(lambda self: self.model.leases)
+    @rule(i=index, tokens=few_tokens)
+    def keep(self, i, tokens):
+        lease = self.lease_of(i)
+        parent, room = self.model.leases[lease]
+        fits, computed = self.model.extend(lease, max(0, len(tokens) - room)), min(room, len(tokens))
+        node = self.tree.keep(lease, tokens, computed)
+        assert (node != NO_NODE) == fits
+        del self.model.leases[lease]
+        if fits:
+            self.settle(node, parent, tokens, computed)
+            self.model.nodes[node][3] -= 1
+
+    @precondition(lambda self: self.model.leases)
     @rule(i=index)
     def release(self, i):
         lease = self.lease_of(i)
@@ -217,7 +231,7 @@ class TreeMachine(RuleBasedStateMachine):
         tree, model = self.tree, self.model
         tree.check()
         assert sum(tree.counts()) == NUM_BLOCKS
-        assert tree.counts() == model.counts()
+        assert tree.counts() == model.counts() and tree.available() == tree.counts().free + tree.counts().idle
         for node, (parent, tokens, computed, _, _) in model.nodes.items():
             assert (tree.parent(node), tree.num_tokens(node), tree.computed(node)) == (parent, len(tokens), computed)
         for node in model.dead[-3:]:
@@ -404,6 +418,7 @@ def test_what_cannot_fit_evicts_nothing():
     [
         lambda tree, node, lease: tree.seal(lease, [1, 2, 3, 4], 0),
         lambda tree, node, lease: tree.seal(lease, [1], 2),
+        lambda tree, node, lease: tree.keep(lease, [1, 2, 3, 4], 5),
         lambda tree, node, lease: tree.set_computed(node, 6),
         lambda tree, node, lease: tree.extend(lease, -1),
         lambda tree, node, lease: tree.context_slots([node], [False], [6]),
@@ -445,6 +460,23 @@ def test_context_slots_cover_a_path_of_odd_sizes_and_are_zero_beyond(size, is_le
         tree.context_slots([row, prompt], [is_lease, False], [length, 7], out)
         assert out[0, :length].tolist() == ref[:length].tolist() and not out[0, length:].any()
         assert out[1, :7].tolist() == ref[:7].tolist() and not out[1, 7:].any()
+
+
+def test_runs_are_laid_out_on_the_paths_they_continue():
+    tree = tree_of(num_blocks=20)
+    prompt = tree.insert(NO_NODE, range(7))
+    middle = step(tree, prompt, range(5))
+    lease = tree.lease(middle)
+    assert tree.extend(lease, 6)
+    given = [[middle, lease, prompt, lease], [False, True, False, True], [1, 2, 0, 0], [4, 3, 7, 0], [7, 12, 0, 12]]
+    columns = [np.array(column, dtype) for column, dtype in zip(given, (np.int64, bool, np.int32, np.int32, np.int32), strict=True)]
+    places = tree.lay_out(*columns)
+    assert places.row_starts.tolist() == [0, 4, 7, 14, 14]
+    assert places.ends.tolist() == [5, 5, 7, 0] and places.context_lens.tolist() == [12, 17, 7, 12]
+    assert places.positions.tolist() == [*range(8, 12), *range(14, 17), *range(7)]
+    assert places.write_slots.tolist() == tree.write_slots(*columns[:4]).tolist()
+    with pytest.raises(ValueError, match="asks for tokens 5 to 9 of 6"):
+        tree.lay_out(*(column[1:2] for column in (*columns[:2], columns[2] + 3, columns[3] + 1, columns[4])))
 
 
 def test_slots_are_block_times_size_plus_offset_and_no_two_tokens_share_one():

@@ -35,6 +35,7 @@ class BatchLayout:
 
     rows: np.ndarray  # int64 [B], handles of the nodes or open steps; of one tree, equal handles mean equal paths
     starts: np.ndarray  # int32 [B], tokens of the row's own node before its first
+    ends: np.ndarray  # int32 [B], and up to its last
     row_starts: np.ndarray  # int32 [B + 1], tokens of row b are row_starts[b] : row_starts[b + 1]
     positions: np.ndarray  # int64 [T], place of each token on its path, the prompt's first token at 0
     write_slots: np.ndarray  # int64 [W], where each new key and value goes: T of them, or more where only some tokens are read
@@ -44,11 +45,6 @@ class BatchLayout:
     @property
     def context_slots(self) -> np.ndarray:
         return self.paths.context_slots
-
-    @property
-    def ends(self) -> np.ndarray:
-        """int32 [B], tokens of the row's own node up to its last."""
-        return self.starts + np.diff(self.row_starts)
 
     def continues(self, rows: np.ndarray, ends: np.ndarray) -> bool:
         """Whether these are the rows that had come to `ends` before, each one token further."""
@@ -72,7 +68,9 @@ class BatchLayout:
         lens[row] -= (self.row_starts[row + 1] - 1 - read_at).astype(np.int32)
         row_starts = np.zeros(len(self.rows) + 1, np.int32)
         np.cumsum(counts, out=row_starts[1:])
-        return replace(self, starts=starts, row_starts=row_starts, positions=self.positions[read_at], context_lens=lens)
+        return replace(
+            self, starts=starts, ends=starts + counts, row_starts=row_starts, positions=self.positions[read_at], context_lens=lens
+        )
 
 
 class AttentionBackend(Protocol):

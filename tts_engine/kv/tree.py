@@ -23,6 +23,16 @@ except ImportError as error:
 NO_NODE: Final = -1  # the parent of prompts, and the answer where there is no node
 
 
+class Places(NamedTuple):
+    """Where the T new tokens of a batch of B runs stand."""
+
+    row_starts: np.ndarray  # int32 [B + 1], tokens of run b are row_starts[b] : row_starts[b + 1]
+    ends: np.ndarray  # int32 [B], tokens of its own node or lease up to its last one
+    context_lens: np.ndarray  # int32 [B], the same of its whole path
+    positions: np.ndarray  # int64 [T], on its path
+    write_slots: np.ndarray  # int64 [T]
+
+
 class BlockCounts(NamedTuple):
     """Blocks by state; the four add up to the pool, always."""
 
@@ -109,6 +119,11 @@ class KVTree:
         """
         return self._tree.seal(lease, tokens, computed)
 
+    def keep(self, lease: int, tokens: Sequence[int], computed: int) -> int:
+        """Close the step as `seal` does, with what room the tokens lack, and held by nobody; NO_NODE, and the lease is given up,
+        if that room cannot be had."""
+        return self._tree.keep(lease, tokens, computed)
+
     def release(self, lease: int) -> None:
         """Give up an open step and its blocks."""
         self._tree.release(lease)
@@ -118,6 +133,10 @@ class KVTree:
         return self._tree.lease_start(lease)
 
     # Room
+
+    def available(self) -> int:
+        """Blocks that can be had: free ones and idle ones."""
+        return self._tree.available()
 
     def evict(self, num_blocks: int) -> int:
         """Free at least `num_blocks` blocks of idle nodes, or all there are; the blocks freed."""
@@ -147,6 +166,14 @@ class KVTree:
             out = np.empty((lens.size, lens.max(initial=0)), np.int32)
         self._tree.context_slots(_array(handles, np.int64), _array(is_lease, np.bool_), lens, out)
         return out
+
+    def lay_out(self, handles: np.ndarray, is_lease: np.ndarray, starts: np.ndarray, counts: np.ndarray,
+                path_starts: np.ndarray) -> Places:  # fmt: skip
+        """Where tokens [starts[b], starts[b] + counts[b]) of each row stand, path_starts[b] others on the path before its own.
+
+        handles int64 [B], is_lease bool [B], the others int32 [B]. ValueError if a row has no such tokens.
+        """
+        return Places(*self._tree.lay_out(handles, is_lease, starts, counts, path_starts))
 
     def forest(self, handles: ArrayLike, is_lease: ArrayLike, ends: ArrayLike) -> Any:
         """The distinct nodes under rows handles int64 [B], is_lease bool [B], each with its first ends[b] int32 tokens: a

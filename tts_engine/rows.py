@@ -1,0 +1,81 @@
+"""The rows that decode, oldest first: a table of what a batch needs to know of each, and what a tick does to all of them at once.
+
+The table stays where it is, and its records can be read and written; loops over them are C++, csrc/rows.cpp.
+"""
+
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from . import _C  # type: ignore[attr-defined]
+from .runner import Segments
+from .steps import CLOSED, StepRule
+
+Owner = TypeVar("Owner")
+END, WHOLE, CUT = 1, 2, 4  # why a row leaves: an end-of-text token, a step that closed, no room for more; or several of these
+
+
+class Run(NamedTuple):
+    """New tokens of one node or lease."""
+
+    handle: int
+    is_lease: bool
+    start: int  # own tokens of it that are written already
+    path_start: int  # tokens on the path before it
+    tokens: Sequence[int]
+
+
+class Rows(Generic[Owner]):
+    """At most `most` rows, B of them now, and whose each is."""
+
+    def __init__(self, most: int) -> None:
+        self.owners: list[Owner] = []
+        self._rows = _C.Rows(most)
+        self._records = self._rows.records
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    @property
+    def table(self) -> np.ndarray:
+        """[B] records as csrc/rows.h has them, to be read and written."""
+        return self._records[: len(self.owners)]
+
+    def add(self, owner: Owner, *, lease: int, identity: int, key: tuple[int, int], sampling: int, path_start: int, length: int,
+            room: int, state: int) -> None:  # fmt: skip
+        """The youngest. Its `length` tokens are written, or in this tick's runs."""
+        self._rows.add(len(self.owners), lease, identity, key, sampling, path_start, length, room, state)
+        self.owners.append(owner)
+
+    def pop(self) -> Owner:
+        """The youngest leaves."""
+        return self.owners.pop()
+
+    def keep(self, stays: Sequence[bool]) -> None:
+        """Of all rows those that stay."""
+        at = np.flatnonzero(stays)
+        self._records[: len(at)] = self._records[at]
+        self.owners = [self.owners[i] for i in at.tolist()]
+
+    def follow(self, runs: Sequence[Run], sources: Sequence[int], count: int) -> tuple[Segments, np.ndarray, np.ndarray]:
+        """The runs, and behind them the newest token of each of the first `count` rows. Those draw their next tokens behind it, the
+        rows that come after them behind the runs `sources`.
+
+        With it the tokens int64 [R] behind which one is drawn, increasing indices, and int64 [B] which of these is each row's.
+        """
+        *columns, read_at, drawn_at = self._rows.follow(runs, sources, count)
+        return Segments(*columns), read_at, drawn_at
+
+    def draws(self, sampling: int, sources: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The rows with this sampling, and what their next tokens are drawn with: places int64 [N], their sources int64 [N], of
+        those of all rows int64 [B], keys uint32 [N, 2], identities uint64 [N] and positions int64 [N]."""
+        return self._rows.draws(sampling, sources)
+
+    def append(self, tokens: np.ndarray, rule: StepRule) -> list[tuple[Owner, int]]:
+        """Every row takes a token int64 [B]. Those that end with it leave: whose they are, and why, of END, WHOLE and CUT."""
+        left = self._rows.append(tokens, rule.after, rule.eos, CLOSED)
+        leaving = [(self.owners[place], why) for place, why in left]
+        for place, _ in reversed(left):
+            del self.owners[place]
+        return leaving
