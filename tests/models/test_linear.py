@@ -10,7 +10,8 @@ import torch
 
 from tts_engine import _C
 from tts_engine.models import linear
-from tts_engine.models.linear import Int8, Packed, Plain, Widened, float_form, multiplies_bytes, quantise
+from tts_engine.models.linear import Fp8, Int8, Packed, Plain, Widened, float_form, multiplies_bytes, quantise
+from tts_engine.models.ops import TorchOps
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (33, 64), (97, 48), (129, 257), (301, 350)]  # N, K
 ROWS = [0, 1, 5, 33]
@@ -73,7 +74,7 @@ def test_floats(form, dtype, shape, rows):
     with poisoned():
         biased, bare = form(weight, bias), form(weight)
         outs = [(bare(x), ref, 0), (bare(x, torch.float32), ref, 0), (biased(x), ref + bias.double(), 0)]
-        outs.append((bare.added_to(residual, x), ref + residual.double(), 0))
+        outs.append((bare.added_to(residual.clone(), x), ref + residual.double(), 0))
     assert bare.shape == shape
     assert [out.dtype for out, *_ in outs] == [dtype, torch.float32, dtype, dtype]
     for out, wanted, _ in outs:
@@ -97,6 +98,54 @@ def test_int8(monkeypatch, shape, rows, dtype, exact):
     assert bare.shape == shape and [out.dtype for out in outs] == [dtype, torch.float32, dtype, dtype]
     for out, extra in zip(outs, (0, 0, bias.double(), residual.double()), strict=True):
         assert_within_steps(out, x, stands_for, extra)
+
+
+def fp8_of(weight, bias=None):
+    """An Fp8 and the matrix that it stands for, float64."""
+    quantised, scales = torch.empty(weight.shape, dtype=linear.FP8), torch.empty(len(weight))
+    linear.quantise_fp8(weight.float().clone(), quantised, scales)
+    return Fp8(quantised, scales, bias), quantised.double() * scales.double()[:, None]
+
+
+FP8_SHAPES = [(1, 1), (32, 48), (97, 48), (16, 350), (304, 352)]
+
+
+@pytest.mark.parametrize("able", [True, False], ids=["multiplied", "as-defined"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", FP8_SHAPES, ids=str)
+def test_fp8(monkeypatch, shape, rows, able):
+    """The product of what both sides stand for. What `torch._scaled_mm` gives is rounded before a residual is added to it."""
+    if able and not linear.multiplies_fp8(torch.device("cpu")):
+        pytest.skip("this PyTorch has no such product on a CPU")
+    monkeypatch.setattr(linear, "multiplies_fp8", lambda device: able)
+    monkeypatch.setattr(linear, "FLOAT_ROWS", 40)
+    weight, x = drawn(*shape, seed=1), drawn(rows, shape[1], dtype=torch.bfloat16)
+    bias, residual = (drawn(*s, dtype=torch.bfloat16, seed=2) for s in ((shape[0],), (rows, shape[0])))
+    given, scales = TorchOps().fp8_rows(x)
+    with poisoned():
+        (biased, _), (bare, stands_for) = fp8_of(weight, bias), fp8_of(weight)
+        outs = [bare(x), bare(x, torch.float32), biased(x), bare.added_to(residual.clone(), x)]
+    assert bare.shape == shape and [out.dtype for out in outs] == [torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16]
+    product = (given.double() * scales.double()[:, None]) @ stands_for.T
+    for out, extra in zip(outs, (0, 0, bias.double(), residual.double()), strict=True):
+        bound = 1e-5 * (x.double().abs() @ weight.double().abs().T) + 2**-8 * ((product + extra).abs() + product.abs())
+        assert out.shape == (rows, shape[0]) and ((out.double() - product - extra).abs() <= bound).all()
+
+
+def test_fp8_is_off_by_less_than_a_twentieth():
+    """A number is a 32nd off on average at worst, of both sides; in a sum of many such products the errors grow as it does."""
+    weight, x = drawn(512, 1024, seed=1), drawn(64, 1024, dtype=torch.bfloat16)
+    ref = x.double() @ weight.double().T
+    error = (fp8_of(weight)[0](x, torch.float32) - ref).square().mean().sqrt() / ref.square().mean().sqrt()
+    assert 0.01 < error < 0.05
+
+
+def test_a_row_that_is_no_number_spoils_its_own_fp8_row_only():
+    form, x = fp8_of(drawn(32, 48))[0], drawn(3, 48, dtype=torch.bfloat16, seed=1)
+    clean = form(x)
+    x[1, 5] = torch.nan
+    out = form(x)
+    assert not out[1].isfinite().any() and torch.equal(out[::2], clean[::2])
 
 
 def test_a_matrix_is_quantised_to_half_a_step_of_each_row():

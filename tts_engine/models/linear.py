@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C  # type: ignore[attr-defined]
-from .ops import LEAST_PEAK, ops_for
+from .ops import LARGEST_FP8, LEAST_PEAK, TorchOps, ops_for
 
 # Entries from which a packed matrix was faster at every number of rows, or as fast. Below, in float32, the call alone costs more
 # than the product, and others have met small matrices that a packed layout slows down a hundredfold.
@@ -22,6 +22,8 @@ PACKED_FROM = {torch.float32: 1 << 21, torch.bfloat16: 1 << 19}
 PACKED_FOR = 32  # rows that the layout is chosen for; any number can be multiplied
 PANEL = 32  # rows of a matrix that csrc/linear.cpp keeps side by side
 FLOAT_ROWS = 1024  # rows of bytes that are made floats at a time, where only floats can be multiplied
+FP8 = torch.float8_e4m3fn
+FP8_SIDES = 16  # a GPU multiplies 8-bit floats where N and K are multiples of it
 
 
 class Linear(Protocol):
@@ -35,7 +37,8 @@ class Linear(Protocol):
         ...
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual [T, N] + x W^T, rounded once. Only of a matrix without bias."""
+        """residual [T, N] + x W^T, rounded once but where a form says otherwise. Only of a matrix without bias; the result may be
+        where the residual was."""
         ...
 
 
@@ -60,7 +63,7 @@ class Plain:
         return F.linear(x, self.weight, self.bias).to(dtype or x.dtype)
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        return torch.addmm(residual, x, self.weight.T)
+        return residual.addmm_(x, self.weight.T)  # within the product: otherwise a GPU copies the residual first
 
     def rows(self, numbers: Tensor) -> Tensor:
         return self.weight.index_select(0, numbers)
@@ -157,13 +160,47 @@ class Int8:
         return ops.scale_rows(out, scales, more, dtype)
 
 
+class Fp8:
+    """W8A8 in e4m3 floats: a scale for each row of W, made at load, and one for each row of x, made when it comes: its peak / 448.
+
+    `torch._scaled_mm` sums in float32, scales, adds the bias and rounds to bfloat16; a residual is added to that, which rounds
+    again. Where it cannot be had, by device or by shape, the definition: floats of W, a few rows at a time, multiplied as float32.
+    """
+
+    BYTES_PER_ROW = 4  # of W, beside its own bytes
+    by_row = False
+
+    def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
+        """weight float8_e4m3fn [N, K] and float32 [N] its scales, as `quantise_fp8` writes them."""
+        self.shape = (len(weight), weight.shape[1])
+        self._weight, self._scales = weight, scales
+        self._bias = bias.bfloat16() if bias is not None else None
+        self._multiplies = not any(side % FP8_SIDES for side in self.shape) and multiplies_fp8(weight.device)
+
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or x.dtype
+        if not self._multiplies:
+            bytes_, scales = TorchOps().fp8_rows(x)
+            wide = bytes_.float()
+            out = torch.cat([F.linear(wide, rows.float()) for rows in self._weight.split(FLOAT_ROWS)], 1)
+            out = out * self._scales * scales[:, None]
+            return (out if self._bias is None else out + self._bias).to(dtype)
+        bytes_, scales = ops_for(x.device).fp8_rows(x)
+        return torch._scaled_mm(bytes_, self._weight.T, scale_a=scales[:, None], scale_b=self._scales[None], bias=self._bias,
+                                out_dtype=torch.bfloat16, use_fast_accum=False).to(dtype)  # fmt: skip
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return residual.add_(self(x))
+
+
 def activations(dtype: torch.dtype) -> torch.dtype:
     """What flows between matrices of this dtype, and is kept as keys and values.
 
-    Between matrices of bytes bfloat16, for half the memory of keys, values and embedding; where PyTorch makes the bytes and scales
-    the rows, float32 would spare it conversions: a fifth of a layer's time at 64 rows of a 0.5B shape.
+    Between matrices of 8-bit floats bfloat16, in which their products come. Between matrices of bytes too, for half the memory of
+    keys, values and embedding; where PyTorch makes the bytes and scales the rows, float32 would spare it conversions: a fifth of a
+    layer's time at 64 rows of a 0.5B shape.
     """
-    return torch.bfloat16 if dtype == torch.int8 else dtype
+    return torch.bfloat16 if dtype in (torch.int8, FP8) else dtype
 
 
 def float_form(entries: int, dtype: torch.dtype, device: torch.device | str, *, deterministic: bool = False,
@@ -184,6 +221,26 @@ def quantise(rows: Tensor, out: Tensor, scales: Tensor, sums: Tensor) -> None:
     scales.clamp_min_(LEAST_PEAK).div_(127)
     out.copy_(rows.div_(scales[:, None]).round_())
     torch.sum(rows, 1, out=sums)
+
+
+def quantise_fp8(rows: Tensor, out: Tensor, scales: Tensor) -> None:
+    """Write float32 rows [R, K], which are spoilt, to `out` float8_e4m3fn [R, K]; of a row `scales` [R], its peak / 448."""
+    torch.amax(rows.abs(), 1, out=scales)
+    scales.clamp_min_(LEAST_PEAK).div_(LARGEST_FP8)
+    out.copy_(rows.div_(scales[:, None]))
+
+
+@cache
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether `torch._scaled_mm` multiplies 8-bit floats there, with a scale for each row of both."""
+    ones = torch.ones(FP8_SIDES, 2 * FP8_SIDES, device=device).to(FP8)
+    scales = torch.arange(1.0, 1 + FP8_SIDES, device=device)
+    try:
+        out = torch._scaled_mm(ones, ones.T, scale_a=scales[:, None], scale_b=scales[None], out_dtype=torch.bfloat16,
+                               use_fast_accum=False)  # fmt: skip
+    except (AttributeError, RuntimeError):  # a build of PyTorch, or a GPU, that has no such product
+        return False
+    return bool((out.float() == 2 * FP8_SIDES * scales[:, None] * scales).all())
 
 
 @cache

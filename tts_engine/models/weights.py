@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .decoder import Decoder, DecoderWeights, LayerWeights
-from .linear import Int8, Linear, Plain, Table, Widened, activations, float_form, quantise
+from .linear import FP8, Fp8, Int8, Linear, Plain, Table, Widened, activations, float_form, quantise, quantise_fp8
 from .spec import DecoderSpec
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -27,7 +27,7 @@ HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 HUB_WEIGHTS = ["*.safetensors"]
 STORED = ("F32", "F16", "BF16")  # what a conversion to the wanted dtype is meaningful for; others need scales
 BLOCK_BYTES = 16 << 20
-QUANTISED_ENTRIES = 1 << 17  # made bytes at a time, from float32
+QUANTISED_ENTRIES = {"cpu": 1 << 17, "cuda": 1 << 24}  # made bytes at a time, from float32, by kind of device
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -58,7 +58,8 @@ def load_decoder(source: "Path | Checkpoint", *, dtype: torch.dtype = torch.floa
                  deterministic: bool = False) -> Decoder:  # fmt: skip
     """The decoder of a checkpoint or its directory, in `dtype` on `device`. ModelError, naming the file, for anything amiss.
 
-    torch.int8, on a CPU only: all matrices that are multiplied with are W8A8, all else is of linear.activations.
+    torch.int8, on a CPU only: all matrices that are multiplied with are W8A8. torch.float8_e4m3fn: those of the layers are, but not
+    the lm_head: what is drawn hangs on it, and the kernel that draws reads floats. All else is of linear.activations.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
     with torch.inference_mode():
@@ -68,13 +69,14 @@ def load_decoder(source: "Path | Checkpoint", *, dtype: torch.dtype = torch.floa
 
 def weight_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
     """What load_decoder leaves in memory, about: a PRM's own head is not counted."""
-    if dtype != torch.int8:
+    if dtype not in (torch.int8, FP8):
         return spec.num_parameters * dtype.itemsize
-    matrices = [shape for name, shape in spec.tensor_shapes.items() if len(shape) == 2 and name != EMBEDDING]
+    form, others = (Int8, (EMBEDDING,)) if dtype == torch.int8 else (Fp8, (EMBEDDING, LM_HEAD))
+    matrices = [shape for name, shape in spec.tensor_shapes.items() if len(shape) == 2 and name not in others]
     rest = spec.num_parameters - sum(rows * columns for rows, columns in matrices)
-    if spec.tied:
+    if spec.tied and form is Int8:
         matrices.append((spec.vocab_size, spec.hidden_size))
-    return sum(rows * (columns + Int8.BYTES_PER_ROW) for rows, columns in matrices) + rest * activations(dtype).itemsize
+    return sum(rows * (columns + form.BYTES_PER_ROW) for rows, columns in matrices) + rest * activations(dtype).itemsize
 
 
 class Checkpoint:
@@ -221,6 +223,8 @@ class _Loading:
         a product several times as fast. In oneDNN's order, in which no row is found again, it would be all of it, for a product a
         tenth to a third faster."""
         spec, embedding = self.spec, self.read(EMBEDDING)
+        if spec.lm_head and self.dtype == FP8:
+            return Plain(embedding), Plain(embedding if spec.tied else self.read(LM_HEAD))
         if not (spec.lm_head and spec.tied):
             return Plain(embedding), self.linear("lm_head") if spec.lm_head else None
         if self.dtype != torch.int8:
@@ -228,8 +232,7 @@ class _Loading:
             with self.room():
                 both = form(embedding)
             return both, both
-        step = max(1, QUANTISED_ENTRIES // spec.hidden_size)
-        blocks = (rows.to(torch.float32, copy=True) for rows in embedding.split(step))
+        blocks = (rows.to(torch.float32, copy=True) for rows in embedding.split(self.rows_at_a_time(spec.hidden_size)))
         return Plain(embedding), self.quantised(spec.vocab_size, spec.hidden_size, blocks)
 
     def linear(self, *names: str, bias: bool = False) -> Linear:
@@ -239,6 +242,8 @@ class _Loading:
         rows, columns = sum(self.shapes[name][0] for name in weights), self.shapes[weights[0]][1]
         if self.dtype == torch.int8:
             return self.quantised(rows, columns, self.blocks(*weights), added)
+        if self.dtype == FP8:
+            return self.fp8(rows, columns, self.blocks(*weights), added)
         form = self.form(rows * columns)
         if form is Plain:
             return Plain(self.read(*weights), added)
@@ -260,6 +265,18 @@ class _Loading:
         with self.room():
             return Int8(weight, scales, sums, bias)
 
+    def fp8(self, rows: int, columns: int, blocks: Iterator[Tensor], bias: Tensor | None) -> Linear:
+        """blocks: float32, the rows in their order."""
+        with self.room():
+            weight = torch.empty(rows, columns, dtype=FP8, device=self.device)
+            scales = torch.empty(rows, device=self.device)
+        start = 0
+        for block in blocks:
+            end = start + len(block)
+            quantise_fp8(block, weight[start:end], scales[start:end])
+            start = end
+        return Fp8(weight, scales, bias)
+
     def laid_out(self, rows: int, columns: int) -> Tensor:
         """Where a matrix is put together before it is reordered: the same memory for all of the layers', so that none leaves a
         hole behind."""
@@ -274,11 +291,14 @@ class _Loading:
         """The rows of the named tensors, float32, a few at a time."""
         for name in names:
             total, columns = self.shapes.pop(name)
-            step = max(1, QUANTISED_ENTRIES // columns)
+            step = self.rows_at_a_time(columns)
             for start in range(0, total, step):
-                block = torch.empty(min(step, total - start), columns)
+                block = torch.empty(min(step, total - start), columns, device=self.device)
                 self.checkpoint.read_into(name, block, start=start, total=total)
                 yield block
+
+    def rows_at_a_time(self, columns: int) -> int:
+        return max(1, QUANTISED_ENTRIES[torch.device(self.device).type] // columns)
 
     def read(self, *names: str, place: Tensor | None = None) -> Tensor:
         """One tensor of the named ones, stacked along dimension 0; in that place, or one of its own."""
