@@ -74,6 +74,8 @@ def shell(*argv, **how):
         (["solve", PROBLEM, "--temperature", "-1"], "temperature must be a number of at least 0"),
         (["solve", PROBLEM, "--temperature", "nan"], "'nan' is not a number"),
         (["solve", PROBLEM, "--top-p", "1.5"], "'1.5' is not a number above 0 and at most 1"),
+        (["solve", PROBLEM, "--min-p", "-0.1"], "'-0.1' is not a number of at least 0 and at most 1"),
+        (["solve", PROBLEM, "--min-p", "nan"], "'nan' is not a number of at least 0 and at most 1"),
         (["solve", PROBLEM, "--top-k", "-2"], "'-2' is not a whole number of at least 0"),
         (["solve", PROBLEM, "--kv-bytes", "4T"], "'4T' is not a number of bytes such as 512M or 4G"),
         (["solve", PROBLEM, "--kv-bytes", "100"], "kv_bytes=100 holds no block"),

@@ -148,8 +148,8 @@ def test_a_second_search_in_a_warm_engine_gives_the_same_bits_for_less(models, a
         assert second.ledger.prm.tokens_computed < first.ledger.prm.tokens_computed
 
 
-def test_top_p_and_the_other_prm_family_keep_the_law_too(models):
-    settings = {"kind": "math-shepherd", "deterministic": True, "top_p": 0.9, "top_k": 20}
+def test_restricted_draws_and_the_other_prm_family_keep_the_law_too(models):
+    settings = {"kind": "math-shepherd", "deterministic": True, "top_p": 0.9, "top_k": 20, "min_p": 0.02}
     method = make_method("beam", n=8, max_steps=4, rules="sal")
     ref = load(models, **settings).search(PROBLEMS[1], method)[0]
     out = load(models, **settings, forgetful=True, max_rows=5).search(PROBLEMS[:4], method)[1]

@@ -76,6 +76,7 @@ whole = number(int, lambda value: value >= 1, "a whole number of at least 1")
 threads = number(int, lambda value: 1 <= value <= MOST_THREADS, f"a whole number of at least 1 and at most {MOST_THREADS}")
 not_negative = number(int, lambda value: value >= 0, "a whole number of at least 0")
 share = number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+fraction = number(float, lambda value: 0 <= value <= 1, "a number of at least 0 and at most 1")
 real = number(float, lambda value: value == value, "a number")
 size = number(read_bytes, lambda value: value >= 1, "a number of bytes such as 512M or 4G")
 memory = number(read_bytes, lambda value: 1 <= value < 1 << 60, "a size of memory such as 80GB, 141GiB or a number of bytes")
@@ -93,6 +94,7 @@ ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
     ("max_tokens", whole, "tokens after which a solution is cut (default 8192)"),
     ("top_k", not_negative, "draw from the k likeliest tokens; 0 for all (default 0)"),
     ("top_p", share, "draw from the likeliest tokens of this joint probability (default 1.0)"),
+    ("min_p", fraction, "draw from tokens at least this fraction as likely as the likeliest (default 0.0)"),
     ("system", str, "system message, '' for none (default: the problem is put as the policy's family is used to)"),
     (
         "steps",

@@ -66,6 +66,7 @@ class EngineConfig:
     max_tokens: int = 8192
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     system: str | None = None
     steps: str = "blank-line"
     prm_family: str | None = None
@@ -284,7 +285,7 @@ class Engine:
         driver = Driver(method.program(root_branch(prepared.prompt, problem.problem)))
         drawing = DrawContext(
             driver=driver,
-            sampling=Sampling(temperature=method.temperature, top_k=config.top_k, top_p=config.top_p),
+            sampling=Sampling(temperature=method.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p),
             key=philox_key(seed, problem.id),
             limits=prepared.limits,
             max_steps=method.max_steps,
