@@ -201,25 +201,28 @@ TreePlan::TreePlan(const Forest& forest, const int32_t* starts, const int32_t* r
     for (; next < segments.size() && segments[next].lo < end; ++next)
       if (segments[next].hi > segments[next].lo) active.push_back(static_cast<int32_t>(next));
     const size_t first_item = items.size();
-    // What the tile's queries share, and the tails that each sees alone.
-    shared.clear();
-    tails.clear();
-    tail_keys.assign(end - query, 0);
-    int64_t alone = 0;
+    bool apart = false;
     int32_t lo = end, hi = query;
-    for (int32_t s : active) {
-      const int32_t from = std::max(segments[s].lo, query), to = std::min(segments[s].hi, end);
-      if (to - from > 1) {
-        shared.push_back(s);
-        lo = std::min(lo, from);
-        hi = std::max(hi, to);
-      } else {
-        tails.emplace_back(from, s);
-        tail_keys[from - query] += segments[s].len;
-        alone += segments[s].len;
+    if (options.tail_queries) {  // what the tile's queries share, and the tails that each sees alone
+      shared.clear();
+      tails.clear();
+      tail_keys.assign(end - query, 0);
+      int64_t alone = 0;
+      for (int32_t s : active) {
+        const int32_t from = std::max(segments[s].lo, query), to = std::min(segments[s].hi, end);
+        if (to - from > 1) {
+          shared.push_back(s);
+          lo = std::min(lo, from);
+          hi = std::max(hi, to);
+        } else {
+          tails.emplace_back(from, s);
+          tail_keys[from - query] += segments[s].len;
+          alone += segments[s].len;
+        }
       }
+      apart = shared.empty() || alone >= static_cast<int64_t>(options.tail) * (end - query);
     }
-    if (!options.tail_queries || (!shared.empty() && alone < static_cast<int64_t>(options.tail) * (end - query))) {
+    if (!apart) {
       mine = active;
       emit(query, end);
     } else {

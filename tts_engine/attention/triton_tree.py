@@ -155,7 +155,7 @@ class TritonTreeAttention:
                    tile=load.keys_worth(ITEM, rows), tail_queries=min(width, tail_rows // load.group), tail=tail)  # fmt: skip
 
     def _load(self, layout: BatchLayout, group: int, kv_heads: int, dim: int) -> "_Load":
-        return _Load(layout, len(layout.paths.forest.slots), group, kv_heads, dim, self._multiprocessors)
+        return _Load(layout, int(layout.paths.forest.len.sum()), group, kv_heads, dim, self._multiprocessors)
 
     def _width(self, layout: BatchLayout, most: int) -> int:
         """Queries of a tile that has room for so many."""
