@@ -12,8 +12,9 @@ from tts_engine.branch import Finish, root_branch
 from tts_engine.engine import Engine, EngineConfig
 from tts_engine.errors import EngineError
 from tts_engine.models.tokenizer import load_tokenizer, token_bytes
+from tts_engine.sampling import philox
 from tts_engine.search import Cot, make_method
-from tts_engine.steps import CLOSED, NO_TEXT, STEP_MARKERS, DrawnLengths, MarkedSteps
+from tts_engine.steps import CLOSED, NO_POSITION, NO_TEXT, STEP_MARKERS, DrawnLengths, MarkedSteps
 from tts_engine.testing import chain_policy, draw_all, random_policy_directory, random_prm_directory
 
 
@@ -200,6 +201,9 @@ def test_a_drawn_length_hangs_on_key_and_identity_and_is_uniform_around_its_mean
     assert lengths == [rule.start(identity << 32 | 5, (1, 2)) - CLOSED for identity in range(3000)]
     if mean > 1:
         assert lengths != [rule.start(identity << 32 | 5, (1, 3)) - CLOSED for identity in range(3000)]
+    counters = np.array([(0, NO_POSITION, 5, high) for high in range(3000)], np.uint32)
+    words = philox(counters, np.array((1, 2), np.uint32))[:, 0].astype(int)
+    assert lengths == (mean - mean // 2 + words % (2 * (mean // 2) + 1)).tolist()
 
 
 def test_a_step_of_a_drawn_length_closes_with_its_last_token_and_rests():
