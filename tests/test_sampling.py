@@ -175,6 +175,19 @@ def test_a_gpu_draws_what_the_definition_draws(temperature, limits):
     np.testing.assert_array_equal(out, sample_slowly(logits, rows, settings, *given))
 
 
+@pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("broken", [[torch.nan, 1.0], [torch.inf, 1.0], [-torch.inf, -torch.inf]], ids=str)
+def test_no_token_is_drawn_from_a_row_that_is_broken(broken, temperature, limits):
+    logits = torch.zeros(2, 90)
+    logits[1, 5:7], logits[1, 7:] = torch.tensor(broken), broken[-1]
+    logits[1, :5] = broken[-1]
+    given = np.repeat(KEY, 3, axis=0), np.arange(3, dtype=np.uint64), np.arange(3)
+    for draw_tokens in (sample, sample_slowly):
+        out = draw_tokens(logits, np.array([1, 0, 1]), Sampling(temperature=temperature, **limits), *given)
+        assert out[0] == out[2] == -1 and 0 <= out[1] < 90
+
+
 def test_a_log_probability_is_of_the_whole_vocabulary_at_temperature_1():
     logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, -torch.inf, 0.0]])
     out = log_probabilities(logits, np.array([0, 1, 1, 0]), np.array([2, 0, 1, -1]))

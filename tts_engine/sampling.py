@@ -86,15 +86,15 @@ def sample(logits: Tensor, rows: np.ndarray, sampling: Sampling, keys: np.ndarra
            positions: np.ndarray) -> np.ndarray:  # fmt: skip
     """Token ids int64 [B] for draws from rows int64 [B] of logits float32 [R, V]; several draws may share a row (see `gumbel`).
 
-    On a CPU a token whose logit is too far below the row's best for any 32-bit noise to lift it gets no random number. On a GPU
-    -1 is drawn from a row that has NaN, +inf or nothing finite.
+    -1 is drawn from a row that has NaN, +inf or nothing finite. On a CPU a token whose logit is too far below its row's best for
+    any 32-bit noise to lift it gets no random number.
     """
     given = zip((rows, keys, identities, positions), DRAW_DTYPES, strict=True)
     columns = [np.ascontiguousarray(column, dtype) for column, dtype in given]
     if logits.device.type != "cpu":
         return _sample_on_gpu(logits, sampling, columns)
     if sampling.temperature == 0:
-        return logits.argmax(dim=-1).numpy()[rows]
+        return sample_slowly(logits, rows, sampling, keys, identities, positions)
     if sampling.restricts:
         logits = logits.masked_fill(_restrict(logits / sampling.temperature, sampling).isneginf(), float("-inf"))
     logits = logits.contiguous()
@@ -103,7 +103,7 @@ def sample(logits: Tensor, rows: np.ndarray, sampling: Sampling, keys: np.ndarra
 
 def sample_slowly(logits: Tensor, rows: np.ndarray, sampling: Sampling, keys: np.ndarray, identities: np.ndarray,
                   positions: np.ndarray) -> np.ndarray:  # fmt: skip
-    """What `sample` must return for rows of numbers, and -1 for others. Always computed on the CPU."""
+    """What `sample` must return. Always computed on the CPU."""
     logits = logits.cpu()[torch.from_numpy(rows)]
     scores = logits
     if sampling.temperature > 0:
