@@ -255,6 +255,64 @@ def run_rows(decoder: Any, backend: Any, cache: Any, slots: Sequence[Sequence[in
                            read_plan=plan if read is None else backend.plan(layout.only(read_at)))  # fmt: skip
 
 
+class TicksOneByOne:
+    """What graphs.DecodeGraphs must do: for every tick a forward of the rows that go on, and each row's draw by its definition."""
+
+    def __init__(self, decoder: Any, cache: Any, backend: Any, *, after: Any, ends: Any, last_state: int) -> None:
+        self._decoder, self._cache, self._backend = decoder, cache, backend
+        self._after, self._ends, self._last_state = after, ends, last_state
+        self._drawn: Any = None
+
+    def plan(self, layout: Any) -> Any:
+        from .graphs import TICKS, Outlook
+
+        slots = layout.context_slots
+        return Outlook([slots[b, :length].tolist() for b, length in enumerate(layout.context_lens)], TICKS)
+
+    def start(self, outlook: Any, draws: Any) -> None:
+        import numpy as np
+
+        from .graphs import Drawn
+
+        assert self._drawn is None, "what was started must be finished first"
+        rows, ticks = range(len(draws.token)), len(draws.slots) - 1
+        paths, newest, states, stops = list(outlook.tree), draws.token.tolist(), draws.state.copy(), np.zeros(len(rows), np.int32)
+        assert 1 <= ticks <= outlook.ticks and [path[-1] for path in paths] == draws.slots[0].tolist()
+        tokens = np.zeros((ticks, len(rows)), np.int32)
+        drawn = np.zeros(len(rows), np.int32)
+        for tick in range(ticks):
+            live = [b for b in rows if not stops[b]]
+            if not live:
+                break
+            read = [[0] * (len(paths[b]) - 1) + [newest[b]] for b in live]
+            hidden = run_rows(self._decoder, self._backend, self._cache, [paths[b] for b in live], [1] * len(live), read)
+            logits = self._decoder.logits(hidden)
+            for place, b in enumerate(live):
+                newest[b] = token = self._token(logits, place, draws, b, tick)
+                tokens[tick, b] = token
+                drawn[b] += 1
+                states[b] = max(states[b] - 1, self._last_state) if self._after is None else self._after[states[b], token]
+                closed, cut = states[b] == self._last_state, drawn[b] >= draws.room[b]
+                stops[b] = 1 * bool(self._ends[token]) + 2 * bool(closed) + 4 * bool(cut) + 8 * (token < 0)
+                paths[b] = [*paths[b], int(draws.slots[tick + 1, b])]
+        self._drawn = Drawn(tokens=tokens, drawn=drawn, state=states, stop=stops)
+
+    def _token(self, logits: Any, place: int, draws: Any, b: int, tick: int) -> int:
+        import numpy as np
+
+        from .sampling import Sampling, sample_slowly
+
+        how = {name: getattr(draws, name)[b].item() for name in ("temperature", "top_k", "top_p", "min_p")}
+        one = slice(b, b + 1)
+        return int(sample_slowly(logits, np.array([place]), Sampling(**how), draws.key[one], draws.identity[one],
+                                 draws.position[one] + tick + 1)[0])  # fmt: skip
+
+    def finish(self) -> Any:
+        drawn, self._drawn = self._drawn, None
+        assert drawn is not None, "nothing was started"
+        return drawn
+
+
 # --- small random checkpoints that an engine can load: a policy and both kinds of PRM, with the embedded tokenizer ---------
 
 LEANING = 6.0  # the constant that every token's embedding holds in its first place, see `_lean`
