@@ -353,6 +353,6 @@ def test_info_reads_no_weights(run, models, tmp_path):
     assert report["installation"]["extension"] is True and report["installation"]["threads"] >= 1
     [model] = report["models"]
     # 2 layers, 2 KV heads of 8: K and V in float32; per layer 32 * (2*32 + 2*16 + 3*48) weights, two FLOPs each
-    assert model["kv_bytes_per_token"] == {"float32": 256, "bfloat16": 128, "int8": 128}
+    assert model["kv_bytes_per_token"] == {"float32": 256, "bfloat16": 128, "int8": 128, "fp8": 128}
     assert model["flops_per_token"] == 2 * 2 * 32 * (64 + 32 + 144)
     assert "Qwen2ForCausalLM" in out and "KV bytes/token" in out

@@ -388,6 +388,7 @@ def test_a_pool_without_a_single_block_is_refused(models):
 @pytest.mark.parametrize(
     ("setting", "complaint"),
     [({"dtype": "int3"}, "no dtype 'int3'"), ({"dtype": "int8", "device": "cuda"}, "int8 runs on a CPU only, not on cuda"),
+     ({"dtype": "fp8"}, "dtype fp8 runs on a GPU only, not on cpu: use bfloat16 or int8"),
      ({"max_rows": 0}, "max_rows=0"), ({"backend": "fast"}, "fast"),
      ({"deterministic": True, "backend": "per_branch"}, "not batch-invariant"), ({"rows": 3}, "rows")],
     ids=str,
@@ -406,6 +407,8 @@ def test_a_reward_model_cannot_be_the_policy_nor_a_policy_the_prm(models):
 
 def test_the_default_settings_are_valid_and_frozen():
     config = EngineConfig()
+    assert config.dtype == "float32" and EngineConfig(device="cuda:1").dtype == "bfloat16"
+    assert EngineConfig(device="cuda", dtype="fp8").dtype == "fp8" and EngineConfig(dtype="int8").dtype == "int8"
     assert config.attention == EngineConfig(deterministic=True).attention == "native"
     assert EngineConfig(device="cuda").attention == "per_branch"
     assert EngineConfig(device="cuda", deterministic=True).attention == "reference"

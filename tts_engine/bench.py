@@ -25,7 +25,7 @@ from .engine import DTYPES, Engine, EngineConfig
 from .errors import EngineError, OutOfBlocks
 from .kv.tree import blocks_needed
 from .ledger import Ledger
-from .models.linear import activations
+from .models.linear import FP8, activations
 from .models.tokenizer import chat_template, encode_prompt, load_tokenizer
 from .models.weights import SOURCES, Checkpoint, resolve_checkpoint
 from .policy import Policy
@@ -385,7 +385,9 @@ GEMMS: dict[str, Callable[[Tensor, Tensor], Callable[[], Tensor]]] = {
     "float32": lambda rows, weight: partial(F.linear, rows, weight),
     "bfloat16": lambda rows, weight: partial(F.linear, rows.bfloat16(), weight.bfloat16()),
     "int8": lambda rows, weight: partial(torch._int_mm, _bytes(rows), _bytes(weight).T),
-}
+    "fp8": lambda rows, weight: partial(torch._scaled_mm, rows.to(FP8), weight.to(FP8).T, scale_a=rows.new_ones(len(rows), 1),
+                                        scale_b=rows.new_ones(1, len(weight)), out_dtype=torch.bfloat16, use_fast_accum=False),
+}  # fmt: skip
 
 
 def gemm_side(device: str) -> int:

@@ -84,7 +84,11 @@ memory = number(read_bytes, lambda value: 1 <= value < 1 << 60, "a size of memor
 # Settings of EngineConfig: name, how it is read (None: a switch), help. The defaults are EngineConfig's; a test compares.
 ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
     ("load", str, "weights, or random: made up, from a config.json and a tokenizer alone (default weights)"),
-    ("dtype", str, "float32, bfloat16, or int8: 8-bit products, on a CPU (default float32)"),
+    (
+        "dtype",
+        str,
+        "float32, bfloat16, or 8-bit products: int8 on a CPU, fp8 on a GPU (default: float32 on a CPU, bfloat16 on a GPU)",
+    ),
     ("device", str, "cpu or cuda (default cpu)"),
     ("backend", str, "attention: native, per_branch, reference; on a GPU triton_tree, triton_blind too (default: native on a CPU)"),
     ("kv_bytes", size, "keys and values of both models, in bytes; 512M, 4G (default 512M)"),

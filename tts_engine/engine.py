@@ -25,19 +25,18 @@ from .policy import DrawContext, Limits, Policy
 from .prm.families import FAMILIES, recognise, refuse_as_policy
 from .prm.scorer import ScoreContext, Scorer
 from .prm.spec import TokenPair, TwoClassHead
-from .results import SearchResult
+from .results import Choice, Chooser, SearchResult, conclude
 from .runner import ModelRunner
 from .sampling import Sampling, philox_key
 from .search import Driver, Method
-from .search.voting import all_aggregates
 from .steps import check_mode, step_rule
-from .tasks.answers import extract_answer
 from .tasks.grader import Grader
 from .tasks.problems import Problem
 from .tasks.prompts import messages
 
 Failed = Callable[[Problem, EngineError], None]  # who is told of a problem that cannot be searched to its end
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+ONLY_ON = {"int8": "cpu", "fp8": "cuda"}  # kind of device that a dtype is made for
 
 MOST_ROWS = 1 << 16
 
@@ -46,7 +45,8 @@ MOST_ROWS = 1 << 16
 class EngineConfig:
     """Everything about an engine that is not a model.
 
-    dtype: of weights, activations, keys and values; "int8", on a CPU only: bytes multiplied with bytes, all else bfloat16.
+    dtype: of weights, activations, keys and values, None for float32 on a CPU and bfloat16 on a GPU; "int8", on a CPU only: bytes
+    multiplied with bytes, all else bfloat16; "fp8", on a GPU only: 8-bit floats in all layers, lm_head and all else bfloat16.
     kv_bytes: keys and values of both models together; each gets room for as many tokens. block_size: tokens a block; 4 or 8
     where steps are a dozen tokens. max_rows: draws decoded side by side. max_step_tokens, max_tokens: where a step and a
     whole solution are cut. system: a system message, "" for none; None asks as the policy's family is used to, see
@@ -56,7 +56,7 @@ class EngineConfig:
     """
 
     load: str = "weights"
-    dtype: str = "float32"
+    dtype: str = None  # type: ignore[assignment]  # always a name once made
     device: str = "cpu"
     backend: str | None = None  # None: "native" on a CPU; elsewhere "per_branch", or "reference" when deterministic
     kv_bytes: int = 512 << 20
@@ -75,10 +75,14 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.load not in SOURCES:
             raise EngineError(f"load={self.load!r} is unknown; known: {', '.join(SOURCES)}")
+        kind = self.device.partition(":")[0]
+        if self.dtype is None:
+            object.__setattr__(self, "dtype", "float32" if kind == "cpu" else "bfloat16")
         if self.dtype not in DTYPES:
             raise EngineError(f"no dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
-        if self.dtype == "int8" and self.device != "cpu":
-            raise EngineError(f"dtype int8 runs on a CPU only, not on {self.device}: use bfloat16")
+        if ONLY_ON.get(self.dtype, kind) != kind:
+            on, instead = ("CPU", "bfloat16 or fp8") if kind == "cuda" else ("GPU", "bfloat16 or int8")
+            raise EngineError(f"dtype {self.dtype} runs on a {on} only, not on {self.device}: use {instead}")
         check_mode(self.steps)
         for name in ("kv_bytes", "block_size", "max_rows", "max_step_tokens", "max_tokens"):
             if getattr(self, name) < 1:
@@ -96,7 +100,8 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """One problem that can be searched. opening: the PRM's token ids before the first step; none where no PRM takes part."""
+    """One problem that can be searched with one method. opening: the PRM's token ids before the first step; none where no PRM
+    takes part."""
 
     problem: Problem
     prompt: list[int]
@@ -106,9 +111,12 @@ class _Prepared:
 
 @dataclass(slots=True, eq=False)
 class _Search:
-    """One problem under way."""
+    """One problem under way. choice: the method it is searched with; None for a pilot, whose choice is still to come."""
 
     problem: Problem
+    prepared: dict[Method, _Prepared]
+    choice: Choice | None
+    method: Method
     driver: Driver
     drawing: DrawContext
     scoring: ScoreContext | None
@@ -177,13 +185,14 @@ class Engine:
         """The policy's, and the PRM's where there is one."""
         return [self.policy.runner] + ([self.scorer.runner] if self.scorer is not None else [])
 
-    def search(self, problems: str | Problem | Sequence[str | Problem], method: Method, *, seed: int = 0) -> list[SearchResult]:
-        """Search all problems side by side; one result each, in their order."""
+    def search(self, problems: str | Problem | Sequence[str | Problem], method: Method | Chooser, *,
+               seed: int = 0) -> list[SearchResult]:  # fmt: skip
+        """Search all problems side by side; one result each, in their order. A Chooser chooses each problem's method."""
         given = as_problems(problems)
         by_id = {result.problem.id: result for result in self.stream(given, method, seed=seed)}
         return [by_id[problem.id] for problem in given]
 
-    def stream(self, problems: str | Problem | Sequence[str | Problem], method: Method, *, seed: int = 0,
+    def stream(self, problems: str | Problem | Sequence[str | Problem], method: Method | Chooser, *, seed: int = 0,
                failed: Failed | None = None) -> Iterator[SearchResult]:  # fmt: skip
         """The same, each result as soon as its search is over. Closing the iterator abandons the rest.
 
@@ -192,12 +201,15 @@ class Engine:
         Raises EngineError before anything is computed where a prompt does not fit the model or a branch could not fit the
         KV budget, however much were evicted.
         """
-        if method.uses_prm and self.scorer is None:
-            raise EngineError(f"{method.name} needs a PRM and this engine has none: give prm=")
-        prepared = [self._prepare(problem, method) for problem in as_problems(problems)]
+        methods = method.methods if isinstance(method, Chooser) else (method,)
+        for one in methods:
+            if one.uses_prm and self.scorer is None:
+                raise EngineError(f"{one.name} needs a PRM and this engine has none: give prm=")
+        prepared = [{one: self._prepare(problem, one) for one in methods} for problem in as_problems(problems)]
         return self._stream(prepared, method, seed, failed)
 
-    def _stream(self, prepared: list[_Prepared], method: Method, seed: int, failed: Failed | None) -> Iterator[SearchResult]:
+    def _stream(self, prepared: list[dict[Method, _Prepared]], method: Method | Chooser, seed: int,
+                failed: Failed | None) -> Iterator[SearchResult]:  # fmt: skip
         if self._searching:
             raise EngineError("this engine is searching already: exhaust or close that iterator first, or make a second engine")
         self._searching = True
@@ -205,7 +217,7 @@ class Engine:
         try:
             while waiting or running:
                 while waiting and self.policy.num_open < self.config.max_rows:
-                    running.append(self._start(waiting.popleft(), method, seed))
+                    running.append(self._begin(waiting.popleft(), method, seed))
                     self._pass_on(running[-1])
                 self._tick()
                 for search in list(running):
@@ -220,7 +232,14 @@ class Engine:
                 done = [search for search in running if search.driver.done]
                 running = [search for search in running if not search.driver.done]
                 for search in done:
-                    yield self._result(search, method, seed)
+                    result = self._result(search, seed)
+                    if search.choice is None:
+                        assert isinstance(method, Chooser), "who is no Chooser has no pilot"
+                        choice = method.choose(search.problem, result)
+                        running.append(self._start(search.prepared, choice.method, choice, seed, search))
+                        self._pass_on(running[-1])
+                    else:
+                        yield result
         finally:
             for search in running:
                 self._abandon(search)
@@ -276,8 +295,24 @@ class Engine:
         limits = Limits(max_step_tokens=config.max_step_tokens, max_tokens=max_tokens, max_positions=positions)
         return _Prepared(problem, ids, opening, limits)
 
-    def _start(self, prepared: _Prepared, method: Method, seed: int) -> _Search:
-        config, ledger, nodes, problem = self.config, Ledger.empty(), dict[int, Branch](), prepared.problem
+    def _begin(self, prepared: dict[Method, _Prepared], method: Method | Chooser, seed: int) -> _Search:
+        """A problem's first search: that of the method, or of the chooser's pilot, or of its choice where it needs none."""
+        if not isinstance(method, Chooser):
+            return self._start(prepared, method, Choice(method), seed)
+        problem = next(iter(prepared.values())).problem
+        pilot = method.pilot(problem)
+        if pilot is not None:
+            return self._start(prepared, pilot, None, seed)
+        choice = method.choose(problem, None)
+        return self._start(prepared, choice.method, choice, seed)
+
+    def _start(self, prepared_for: dict[Method, _Prepared], method: Method, choice: Choice | None, seed: int,
+               pilot: _Search | None = None) -> _Search:  # fmt: skip
+        """A search. Behind a pilot it goes on with the pilot's nodes, ledger and clock: they are one problem's."""
+        config, prepared = self.config, prepared_for[method]
+        ledger, nodes, problem, started = Ledger.empty(), dict[int, Branch](), prepared.problem, time.perf_counter()
+        if pilot is not None:
+            ledger, nodes, started = pilot.ledger, pilot.nodes, pilot.started
 
         def record(branch: Branch) -> None:
             nodes[branch.identity] = branch
@@ -296,7 +331,7 @@ class Engine:
         scoring = None
         if method.uses_prm:
             scoring = ScoreContext(driver=driver, opening=prepared.opening, ledger=ledger.prm, scored=record)
-        return _Search(problem, driver, drawing, scoring, nodes, ledger, time.perf_counter())
+        return _Search(problem, prepared_for, choice, method, driver, drawing, scoring, nodes, ledger, started)
 
     def _abandon(self, search: _Search) -> None:
         search.driver.close()
@@ -304,30 +339,15 @@ class Engine:
         if self.scorer is not None and search.scoring is not None:
             self.scorer.abandon(search.scoring)
 
-    def _result(self, search: _Search, method: Method, seed: int) -> SearchResult:
-        branches = search.driver.result
-        answers = [extract_answer(branch.solution) for branch in branches]
-        groups = self.grader.group(answers) if method.rules.grouping == "canonical" else answers
-        scores = [branch.scores for branch in branches] if method.uses_prm else None
-        aggregates = all_aggregates(groups, scores)
+    def _result(self, search: _Search, seed: int) -> SearchResult:
         nodes = list(search.nodes.values())
-        parents = {id(node.parent) for node in nodes}
+        parents = {node.parent.identity for node in nodes if node.parent is not None}
         search.ledger.policy.tokens_unshared = sum(
-            search.drawing.prompt_tokens + node.num_tokens for node in nodes if id(node) not in parents
+            search.drawing.prompt_tokens + node.num_tokens for node in nodes if node.identity not in parents
         )
         search.ledger.seconds = time.perf_counter() - search.started
-        return SearchResult(
-            problem=search.problem,
-            method=method,
-            seed=seed,
-            answer=aggregates["last_vote" if method.uses_prm else "majority"],
-            aggregates=aggregates,
-            branches=branches,
-            answers=answers,
-            groups=groups,
-            nodes=nodes,
-            ledger=search.ledger,
-        )
+        choice = search.choice or Choice(search.method)
+        return conclude(search.problem, choice, seed, search.driver.result, nodes, search.ledger, self.grader)
 
 
 def make_scorer(runner: ModelRunner, checkpoint: Checkpoint, family: str | None) -> Scorer:

@@ -44,7 +44,27 @@ def test_a_directory_and_a_config_are_read_alike(configs):
     entries, rows = 24 * 896 * (1152 + 896 + 9728 + 4864) + 151936 * 896, 24 * (1152 + 896 + 9728 + 896) + 151936
     rest = 151936 * 896 + 49 * 896 + 24 * 1152
     int8 = entries + 16 * rows + 2 * rest
-    assert by_file["weight_bytes"] == {"float32": 4 * 494_032_768, "bfloat16": 2 * 494_032_768, "int8": int8}
+    # In fp8 a byte for every entry and 4 for every row of the layers' matrices alone; tied, the lm_head is the embedding.
+    fp8 = 24 * 896 * (1152 + 896 + 9728 + 4864) + 4 * 24 * (1152 + 896 + 9728 + 896) + 2 * rest
+    assert by_file["weight_bytes"] == {"float32": 4 * 494_032_768, "bfloat16": 2 * 494_032_768, "int8": int8, "fp8": fp8}
+
+
+# Qwen2.5-72B and -7B, whose parameters are known: 72,706,203,648 and 7,615,616,512.
+BIG = SMALL | {"vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
+               "num_attention_heads": 64, "num_key_value_heads": 8, "tie_word_embeddings": False}  # fmt: skip
+MIDDLE = BIG | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+                "num_key_value_heads": 4}  # fmt: skip
+
+
+def test_a_policy_of_72_billion_beside_a_prm_of_7_fits_141_gb_in_fp8_alone(tmp_path):
+    models = []
+    for name, config in {"policy": BIG, "prm": MIDDLE}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+        models.append(info.model(name, tmp_path / f"{name}.json"))
+    assert [model["parameters"] for model in models] == [72_706_203_648, 7_615_616_512]
+    room = info.room(models, 141 * 10**9)["dtypes"]
+    assert [name for name, held in room.items() if held["fits"]] == ["int8", "fp8"]  # of which a GPU has the latter
+    assert 82e9 < room["fp8"]["weight_bytes"] < 86e9 and room["fp8"]["kv_tokens"] > 140_000
 
 
 @pytest.mark.parametrize(("memory", "tokens"), [
@@ -77,7 +97,7 @@ def test_without_a_memory_the_weights_are_told_and_nothing_is_said_of_room(capsy
     assert code == 0 and "988 M" in out and "KV tokens" not in out
     nothing = {"fits": None, "kv_tokens": None}
     sizes = info.model("it", configs[0])["weight_bytes"]
-    assert list(sizes) == ["float32", "bfloat16", "int8"] and sizes["float32"] == 4 * 494_032_768
+    assert list(sizes) == ["float32", "bfloat16", "int8", "fp8"] and sizes["float32"] == 4 * 494_032_768
     dtypes = {name: {"weight_bytes": size} | nothing for name, size in sizes.items()}
     assert json.loads(out.splitlines()[-1])["room"] == {"memory_bytes": None, "dtypes": dtypes}
 

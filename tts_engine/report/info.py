@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from ..engine import DTYPES
 from ..errors import ModelError
 from ..models.linear import activations
 from ..models.spec import DecoderSpec
@@ -19,7 +20,6 @@ from .text import harmless, short
 from .versions import package_version
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton", "math-verify", "matplotlib")
-DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
 
 
@@ -57,8 +57,8 @@ def model(name: str, path: Path | None) -> dict[str, Any]:
         "heads": spec.num_heads,
         "kv_heads": spec.num_kv_heads,
         "positions": spec.max_positions,
-        "weight_bytes": {_name(dtype): weight_bytes(spec, dtype) for dtype in DTYPES},
-        "kv_bytes_per_token": {_name(dtype): spec.kv_bytes_per_token(activations(dtype)) for dtype in DTYPES},
+        "weight_bytes": {name: weight_bytes(spec, dtype) for name, dtype in DTYPES.items()},
+        "kv_bytes_per_token": {name: spec.kv_bytes_per_token(activations(dtype)) for name, dtype in DTYPES.items()},
         "flops_per_token": spec.flops_per_token,
         "flops_per_logits": spec.lm_head_flops if spec.lm_head else 0,
         "flops_per_attended_token": spec.attention_flops_per_pair,
@@ -71,7 +71,7 @@ def room(models: list[dict[str, Any]], memory: int | None) -> dict[str, Any]:
     Weights and KV only: a PRM's own head, activations and whatever else runs there are not counted.
     """
     by_dtype = {}
-    for dtype in map(_name, DTYPES):
+    for dtype in DTYPES:
         weights = sum(model["weight_bytes"][dtype] for model in models)
         token = sum(model["kv_bytes_per_token"][dtype] for model in models)
         tokens = max(0, memory - weights) // token if memory is not None else None
@@ -119,10 +119,6 @@ def room_table(room: dict[str, Any]) -> Table:
         cells = [dtype, short(held["weight_bytes"])]
         shown.add_row(*cells, *([_told(held["fits"]), short(held["kv_tokens"])] if room["memory_bytes"] is not None else []))
     return shown
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _from_hub(name: str) -> Path:
