@@ -13,7 +13,7 @@ from .launch import Launch, capability
 
 BLOCK = 1024  # tokens of one turn of a program
 PIECE = 8 * BLOCK  # tokens of one program
-CHOICE_BLOCK = 2048  # tokens of one turn where a whole row is looked through
+CHOICE_BLOCK = 1024  # tokens of one turn where a whole row is looked through
 MOST_TOKENS = 1 << 21  # of a vocabulary: all weights together, 2^32 each, are a whole number that a double holds
 
 # What a program leaves of its piece, by plane of `partial`: the best score, its token (a whole number; -1 where there is none),
