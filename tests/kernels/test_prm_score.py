@@ -37,3 +37,11 @@ def test_the_tail_of_two_classes_is_read_behind_their_hidden_layer():
 
 def test_no_row_is_no_score():
     assert prm_score(torch.zeros(2, 8), torch.zeros(0, dtype=torch.int64), torch.zeros(8)).shape == (0,)
+    assert prm_score(torch.zeros(0, 8), None, torch.zeros(8)).shape == (0,)
+
+
+def test_all_rows_are_read_where_none_is_named():
+    gen = torch.Generator().manual_seed(1)
+    x, direction = torch.randn(7, 40, generator=gen)[:, :33], torch.randn(33, generator=gen)
+    out = prm_score(x, None, direction, offset=-0.5)
+    assert torch.equal(out, prm_score(x, torch.arange(7), direction, offset=-0.5)) and len(set(out.tolist())) == 7

@@ -1,12 +1,22 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tts_engine.attention import make_backend
+from tts_engine.branch import root_branch
+from tts_engine.engine import make_scorer
 from tts_engine.errors import ModelError
-from tts_engine.models import linear
+from tts_engine.ledger import PRMLedger
+from tts_engine.models import heads, linear
 from tts_engine.models.heads import PairHead, TwoClassHead, ValueHead
 from tts_engine.models.weights import Checkpoint, load_decoder
-from tts_engine.testing import random_model
+from tts_engine.prm.families import FAMILIES
+from tts_engine.prm.scorer import ScoreContext
+from tts_engine.runner import ModelRunner
+from tts_engine.search import Driver
+from tts_engine.search.requests import Score
+from tts_engine.testing import random_model, random_prm_directory
 
 
 def score_module(d, seed=0):
@@ -88,6 +98,60 @@ def test_a_score_has_the_same_bits_in_any_company(d, dtype):
         assert torch.equal(torch.cat([head(row[None]) for row in hidden]), together)
         assert torch.equal(head(hidden.flip(0)).flip(0), together)
         assert head(hidden[:0]).shape == (0,)
+
+
+def test_a_gpus_kernel_reads_what_the_definition_reads(monkeypatch):
+    """The kernel interpreted in the place where the definition stands."""
+    pytest.importorskip("triton")
+    score, hidden = score_module(48), torch.randn(5, 48, generator=torch.Generator().manual_seed(6))
+    w0, b0, w2, b2 = (p.data for p in score.parameters())
+    made = TwoClassHead(w0, b0, w2, b2), PairHead(w2[0], w2[1]), ValueHead(w2[:1], b2[:1])
+    ref = [head(hidden) for head in made]
+    monkeypatch.setattr(heads, "_share", heads._on_gpu)
+    for head, expected in zip(made, ref, strict=True):
+        torch.testing.assert_close(head(hidden), expected, atol=2e-6, rtol=0)
+
+
+class Seen(TorchDispatchMode):
+    """The shapes of all tensors that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.shapes |= {tuple(x.shape) for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)}
+        return out
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_nothing_as_wide_as_the_vocabulary_is_made_when_a_prm_reads(tmp_path, kind):
+    random_prm_directory(tmp_path, kind, seed=4)
+    decoder = load_decoder(tmp_path)
+    runner = ModelRunner(decoder, make_backend("per_branch"), num_blocks=40, block_size=4)
+    scorer = make_scorer(runner, Checkpoint(tmp_path), None)
+    step = root_branch([1], "a=3;b?")
+    for text in ("a=3", "b=4"):
+        step = type(step)(step, (1,), text, len(text) + step.depth)
+
+    def program():
+        return (yield Score([step]))
+
+    driver = Driver(program())
+    context = ScoreContext(driver=driver, opening=scorer.spec.opening("a=3;b?"), ledger=PRMLedger(), scored=lambda branch: None)
+    with Seen() as seen:
+        for ask in driver.asks():
+            scorer.submit(context, ask)
+        while scorer.num_open:
+            scorer.tick()
+    width, vocab = decoder.spec.hidden_size, decoder.spec.vocab_size
+    assert (2, width) in seen.shapes and None not in driver.result[0].scores
+    assert not [shape for shape in seen.shapes if len(shape) > 1 and shape[-1] == vocab]
+    if decoder.weights.lm_head is not None:
+        with Seen() as seen:
+            decoder.logits(torch.zeros(1, width))
+        assert (1, vocab) in seen.shapes  # it would have been noticed
 
 
 def test_a_missing_or_misshapen_head_is_named(tmp_path):
