@@ -1,10 +1,14 @@
 """What a search gives back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from .branch import Branch
 from .ledger import Ledger
+from .search.voting import all_aggregates
+from .tasks.answers import extract_answer
+from .tasks.grader import Grader
 from .tasks.problems import Problem
 
 if TYPE_CHECKING:
@@ -17,7 +21,8 @@ class SearchResult:
 
     `answer` is the search's own choice: the last-score vote where a PRM took part, the majority where none did.
     `branches[i]` was voted with the extracted answer `answers[i]` in the group `groups[i]` (None: no answer); `aggregates`
-    holds what each way of choosing gives. `nodes` is every step drawn, kept or not, in the order they closed.
+    holds what each way of choosing gives. `nodes` is every step drawn, kept or not, in the order they closed. `choice` says how
+    the method was chosen where a Chooser did: then nodes and ledger hold what its pilot drew and cost, too.
     """
 
     problem: Problem
@@ -30,9 +35,63 @@ class SearchResult:
     groups: list[str | None]
     nodes: list[Branch] = field(repr=False)
     ledger: Ledger = field(repr=False)
+    choice: dict[str, Any] | None = None
 
     @property
     def chosen(self) -> Branch | None:
         """The best branch behind the answer: the highest last score, of equals (and without a PRM) the first."""
         behind = [b for b, group in zip(self.branches, self.groups, strict=True) if group == self.answer]
         return max(behind, key=lambda b: b.score or 0.0, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The method for one problem, and what is recorded of how it was chosen; nothing where nobody chose."""
+
+    method: "Method"
+    why: dict[str, Any] | None = None
+
+
+@runtime_checkable
+class Chooser(Protocol):
+    """Stands where a method stands, and chooses one for each problem: at once, or by what a pilot search of the problem finds.
+
+    The pilot's draws must be none that a method takes (a lane of its own), since both run with the search's seed.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def methods(self) -> Sequence["Method"]:
+        """All that it may run, the pilot first where there is one."""
+
+    def pilot(self, problem: Problem) -> "Method | None":
+        """What is searched before the choice; None where this problem needs no pilot."""
+
+    def choose(self, problem: Problem, pilot: SearchResult | None) -> Choice: ...
+
+    def describe(self) -> dict[str, Any]:
+        """For run.json: plain JSON that tells this chooser from others."""
+
+
+def conclude(
+    problem: Problem, choice: Choice, seed: int, branches: list[Branch], nodes: list[Branch], ledger: Ledger, grader: Grader
+) -> SearchResult:  # fmt: skip
+    """The result of a search that returned `branches` and drew `nodes`: answers, groups and every way of choosing among them."""
+    method = choice.method
+    answers = [extract_answer(branch.solution) for branch in branches]
+    groups = grader.group(answers) if method.rules.grouping == "canonical" else answers
+    aggregates = all_aggregates(groups, [branch.scores for branch in branches] if method.uses_prm else None)
+    return SearchResult(
+        problem=problem,
+        method=method,
+        seed=seed,
+        answer=aggregates["last_vote" if method.uses_prm else "majority"],
+        aggregates=aggregates,
+        branches=branches,
+        answers=answers,
+        groups=groups,
+        nodes=nodes,
+        ledger=ledger,
+        choice=choice.why,
+    )

@@ -42,7 +42,9 @@ class Method(Protocol):
     """A frozen dataclass of settings that can start a search."""
 
     name: ClassVar[str]
-    uses_prm: ClassVar[bool]
+
+    @property
+    def uses_prm(self) -> bool: ...
 
     @property
     def n(self) -> int: ...
