@@ -31,7 +31,9 @@ from bench.device.parts import PARTS  # noqa: E402
 from bench.device.worker import BROKEN  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
+COMMAND = [sys.executable, "-m", "bench.device.worker"]
 BUDGET = 470.0  # seconds for everything
+START = 90.0  # until a process has imported what it needs
 GRACE = 10.0  # beyond its own time, for a part that is at its last round
 ASKED = ("name", "driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 PACKAGES = ("torch", "triton", "transformers", "numpy")
@@ -68,13 +70,15 @@ class Report:
 class Worker:
     """A process with some parts, and a thread that hears what it says."""
 
-    def __init__(self, parts: Mapping[str, float], device: str, sizes: str, directory: Path, heard: queue.Queue) -> None:
+    def __init__(self, parts: Mapping[str, float], device: str, sizes: str, directory: Path, until: float,
+                 heard: queue.Queue) -> None:  # fmt: skip
         self.waiting = list(parts)  # parts that have not ended; the first may have begun
         reads, writes = os.pipe()
-        settings = {"parts": dict(parts), "device": device, "sizes": sizes, "directory": str(directory), "events": writes}
+        settings = {"parts": dict(parts), "device": device, "sizes": sizes, "directory": str(directory), "events": writes,
+                    "until": until}  # fmt: skip
         self._log: IO[bytes] = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, "-m", "bench.device.worker", json.dumps(settings)], cwd=ROOT,
-                                        pass_fds=[writes], stdout=self._log, stderr=subprocess.STDOUT)  # fmt: skip
+        self.process = subprocess.Popen([*COMMAND, json.dumps(settings)], cwd=ROOT, pass_fds=[writes], stdout=self._log,
+                                        stderr=subprocess.STDOUT)  # fmt: skip
         os.close(writes)
         threading.Thread(target=self._hear, args=(reads, heard), daemon=True).start()
 
@@ -96,7 +100,7 @@ def work(groups: Sequence[Mapping[str, float]], report: Report, device: str, siz
     limits: dict[Worker, float] = {}
 
     def start(parts: Mapping[str, float]) -> None:
-        limits[Worker(parts, device, sizes, directory, heard)] = min(deadline, time.monotonic() + START_S)
+        limits[Worker(parts, device, sizes, directory, deadline - GRACE, heard)] = min(deadline, time.monotonic() + START)
 
     for group in groups:
         if group:
@@ -131,9 +135,6 @@ def work(groups: Sequence[Mapping[str, float]], report: Report, device: str, siz
         else:
             for name in worker.waiting:
                 report.fail(name, "no time was left for it")
-
-
-START_S = 60.0  # until a process has imported what it needs
 
 
 def asked() -> list[str] | None:

@@ -158,8 +158,7 @@ def search(task: Task, policy: Writer, prm: Reader | None = None) -> tuple[list[
             began = time.perf_counter()
             scores = prm.read(branches, spent)
             spent.prm_seconds += time.perf_counter() - began
-            scored = [_scored(branch, own, task.scores, spent) for branch, own in zip(branches, scores, strict=True)]
-            answered = iter(scored)
+            answered = iter([scored(branch, own, task.scores, spent) for branch, own in zip(branches, scores, strict=True)])
             for ask in scoring:
                 driver.answer(ask, list(islice(answered, len(ask.branches))))
     return driver.result, spent
@@ -170,7 +169,7 @@ def path_ids(branch: Branch) -> list[int]:
     return [token for step in branch.path for token in step.tokens]
 
 
-def _scored(branch: Branch, scores: Sequence[float], chosen_by: Mapping[int, float] | None, spent: Spent) -> Branch:
+def scored(branch: Branch, scores: Sequence[float], chosen_by: Mapping[int, float] | None, spent: Spent) -> Branch:
     """The branch anew, with a score on every step; a step that has one keeps it."""
     parent = branch.path[0]
     for step, score in zip(branch.steps, scores, strict=True):

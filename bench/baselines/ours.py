@@ -38,16 +38,20 @@ class Ours:
         forward = runner.forward
 
         def watched(segments, read_at):
-            counts = runner.tree.counts()
-            setattr(self.spent, name, max(getattr(self.spent, name), (counts.filling + counts.pinned) * runner.block_bytes))
+            self._note_kv(runner, name)
             return forward(segments, read_at)
 
         runner.forward = watched  # type: ignore[method-assign]
+
+    def _note_kv(self, runner: ModelRunner, name: str) -> None:
+        counts = runner.tree.counts()
+        setattr(self.spent, name, max(getattr(self.spent, name), (counts.filling + counts.pinned) * runner.block_bytes))
 
     def _watch_clock(self, model, name: str) -> None:
         tick = model.tick
 
         def watched():
+            self._note_kv(model.runner, name.replace("seconds", "kv_bytes"))  # what ticks that are under way have room for
             began = time.perf_counter()
             tick()
             setattr(self.spent, name, getattr(self.spent, name) + time.perf_counter() - began)

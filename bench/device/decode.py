@@ -1,7 +1,9 @@
 """Decoding timed: a tick of many branches over the least it could take, whole beam searches over an engine that shares nothing."""
 
-import time
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,13 +11,15 @@ import torch
 
 from tts_engine.attention import make_backend
 from tts_engine.branch import Branch, root_branch
-from tts_engine.engine import Engine
+from tts_engine.engine import Engine, make_graphs
 from tts_engine.ledger import PolicyLedger
 from tts_engine.models.decoder import Decoder
-from tts_engine.policy import DrawContext, Limits
+from tts_engine.policy import DrawContext, Limits, Policy
+from tts_engine.prm.scorer import ScoreContext
 from tts_engine.runner import ModelRunner
 from tts_engine.sampling import Sampling, philox_key
 from tts_engine.search import Driver, make_method
+from tts_engine.search.driver import Ask
 from tts_engine.search.requests import Expand
 from tts_engine.tasks.problems import Problem
 
@@ -23,7 +27,7 @@ from ..baselines import lockstep
 from ..baselines.lockstep import Spent, Task
 from ..baselines.models import text_of
 from ..baselines.ours import Ours
-from ..baselines.sharing_blind import RereadingPRM, SharingBlindPolicy
+from ..baselines.sharing_blind import RereadingPRM
 from .models import NAMES, load
 from .race import copy_bandwidth, race, raced
 from .setting import PAIR_PRM, Bench
@@ -81,23 +85,28 @@ def tick(bench: Bench) -> None:
     """Seconds of one tick in the middle of a step, over what reading keys, values and weights and multiplying must take."""
     sizes = bench.sizes
     grove, directory, (short, long) = beam(sizes.tree), bench.model("policy", sizes.policy), sizes.ticks
-    copy = copy_bandwidth(bench)
-    room = 2 * (grove.num_slots + len(grove.rows) * (16 + long))
+    copy, room = copy_bandwidth(bench), 2 * (grove.num_slots + len(grove.rows) * (16 + long))
     how = {"dtype": NAMES[sizes.dtype], "steps": "1000000", "kv_bytes": room * _token_bytes(sizes.policy, sizes.dtype),
            "max_rows": len(grove.rows)}  # fmt: skip
+    case = f"{len(grove.rows)} branches, {sizes.policy['num_hidden_layers']} layers"
     with load(bench, directory, **how) as engine:
-        standing = Standing.at(bench, engine)
-        standing.step(short)
-        times = raced(bench, {"long": lambda: standing.step(long), "short": lambda: standing.step(short)}, slow=True)
-        seconds = (times.seconds["long"] - times.seconds["short"]) / (long - short)
-        decoder = engine.policy.runner.decoder
+        standing, policy = Standing.at(bench, engine), engine.policy
+        decoder = policy.runner.decoder
         products = products_alone(bench, decoder, len(grove.rows))
         tokens = grove.distinct + len(grove.rows) * (short + long) / 2
         kv = tokens * decoder.spec.kv_bytes_per_token(decoder.dtype) / copy
-        case = f"{len(grove.rows)} branches, {sizes.policy['num_hidden_layers']} layers"
-        bench.row(case, contender="tick", ms=1e3 * seconds, products_ms=1e3 * products, kv_ms=1e3 * kv, noise=times.noise,
-                  rounds=times.rounds)  # fmt: skip
-        bench.figure("tick", case, seconds / (products + kv), noise=times.noise)
+        found: list[tuple[float, float]] = []  # seconds and noise
+        for name, graphs in (("captured", policy.graphs), ("one by one", None)):
+            if name == "captured" and graphs is None:
+                bench.row(case, contender=name, missing="nothing is captured on this device")
+                continue
+            policy.graphs = graphs
+            standing.step(short)
+            times = raced(bench, {"long": lambda: standing.step(long), "short": lambda: standing.step(short)}, slow=True)
+            found.append(((times.seconds["long"] - times.seconds["short"]) / (long - short), times.noise))
+            bench.row(case, contender=name, ms=1e3 * found[-1][0], products_ms=1e3 * products, kv_ms=1e3 * kv, noise=times.noise,
+                      rounds=times.rounds)  # fmt: skip
+        bench.figure("tick", case, found[0][0] / (products + kv), noise=found[0][1])
 
 
 def _token_bytes(config: dict[str, Any], dtype: torch.dtype) -> int:
@@ -121,47 +130,75 @@ def products_alone(bench: Bench, decoder: Decoder, rows: int) -> float:
         return race(bench, {"products": once}).seconds["products"]
 
 
+class Rereading:
+    """Stands where an engine's scorer stands, and reads the whole path of every candidate anew. The scores are those given, by
+    identity: random weights give others in every arithmetic, and all contenders are to keep the same branches."""
+
+    def __init__(self, reader: RereadingPRM, scores: Mapping[int, float]) -> None:
+        self.reader, self.scores, self.spec, self.runner = reader, scores, reader.spec, reader.runner
+        self._waiting: deque[tuple[ScoreContext, Ask]] = deque()
+
+    @property
+    def num_open(self) -> int:
+        return sum(len(ask.branches) for _, ask in self._waiting)
+
+    def submit(self, context: ScoreContext, ask: Ask) -> None:
+        self._waiting.append((context, ask))
+
+    def abandon(self, context: ScoreContext) -> None:
+        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not context)
+
+    def tick(self) -> None:
+        (context, ask), spent = self._waiting.popleft(), Spent()
+        read = self.reader.read(ask.branches, spent)
+        scored = [lockstep.scored(branch, own, self.scores, spent) for branch, own in zip(ask.branches, read, strict=True)]
+        for branch in scored:
+            context.scored(branch)
+        context.ledger.steps_scored += spent.steps_scored
+        context.ledger.tokens_computed += spent.prm_tokens
+        context.driver.answer(ask, scored)
+
+
 def search(bench: Bench) -> None:
-    """Beam search, drawn lengths: the same draws and steps for both, which is asserted before anything is told."""
+    """Beam search, drawn lengths: the same draws and steps for both, which is asserted before anything is told.
+
+    The other engine has everything of ours, stored prefixes and captured ticks too, but attention that reads every branch's whole
+    path, and a PRM that keeps nothing.
+    """
     sizes = bench.sizes
     n, depth, step = sizes.search
     policy, prm = bench.model("policy", sizes.policy), bench.model("prm-pair", sizes.prm, PAIR_PRM)
-    longest = 150 + depth * (2 * step + 16)
-    tokens = 2 * n * longest  # of two rounds' branches, as if none shared anything
-    bytes_ = sum(_token_bytes(config, sizes.dtype) for config in (sizes.policy, sizes.prm))
+    tokens = 2048 + n * depth * (2 * step + 16)
+    kv_bytes = tokens * sum(_token_bytes(config, sizes.dtype) for config in (sizes.policy, sizes.prm))
     limits = {"max_step_tokens": 2 * step, "max_tokens": depth * 2 * step}
-    with load(bench, policy, prm, dtype=NAMES[sizes.dtype], steps=str(step), kv_bytes=tokens * bytes_ // 2, max_rows=n,
-              **limits) as engine:  # fmt: skip
+    with load(bench, policy, prm, dtype=NAMES[sizes.dtype], steps=str(step), kv_bytes=kv_bytes, max_rows=n, **limits) as engine:
+        assert engine.scorer is not None
         problem, method = Problem(id="bench", problem=text_of(148), answer=None), make_method("beam", n=n, max_steps=depth)
+        task = Task(method=method, problem=problem, prompt=[], rule=engine.policy.rule, limits=Limits(**limits, max_positions=0))
         ours = Ours(engine)
-        cut = Limits(**limits, max_positions=engine.policy.runner.decoder.spec.max_positions)
-        task = Task(method=method, problem=problem, prompt=[], rule=engine.policy.rule, limits=cut)
         result, spent = ours.search(task)
         scores = {node.identity: node.score for node in result.nodes if node.score is not None}
-        same = replace(task, prompt=list(result.nodes[0].path[0].tokens), scores=scores)
-        backend = "triton_blind" if bench.on_gpu else bench.backend
-        rooms = (tokens, 2 * max(longest, 4096))
+        backend = "triton_blind" if bench.on_gpu else "per_branch"
+        rooms = (tokens, 2 * max(4096, depth * (2 * step + 32)))
         runners = [ModelRunner(own.decoder, make_backend(backend, bench.device), num_blocks=-(-room // 16), block_size=16)
                    for own, room in zip(engine.runners, rooms, strict=True)]  # fmt: skip
-        assert engine.scorer is not None
-        writer, reader = SharingBlindPolicy(runners[0]), RereadingPRM(runners[1], engine.scorer)
+        rule, reader = engine.policy.rule, RereadingPRM(runners[1], engine.scorer)
+        writer = Policy(runners[0], rule, max_rows=n, graphs=make_graphs(runners[0], rule))
+        scorer: Any = Rereading(reader, scores)
+        blind = Ours(Engine(engine.config, writer, scorer, engine.tokenizer, engine.grader))
         taken: dict[str, Spent] = {}
 
-        def run_ours() -> None:
-            taken[OURS] = ours.search(task)[1]
+        def run(name: str, who: Ours, task: Task) -> None:
+            _, taken[name] = who.search(task)
 
-        def run_blind() -> None:
-            taken[BLIND] = lockstep.search(same, writer, reader)[1]
-            done = taken[BLIND]
-            assert (done.tokens_drawn, done.steps_scored) == (spent.tokens_drawn, spent.steps_scored), "other draws than ours"
-
-        began = time.monotonic()
-        lockstep.search(replace(same, method=make_method("beam", n=4, max_steps=1), scores=None), writer, reader)  # a rehearsal
-        bench.row("rehearsal", seconds=time.monotonic() - began)
-        times = raced(bench, {OURS: run_ours, BLIND: run_blind}, slow=True)
+        run(BLIND, blind, replace(task, method=make_method("beam", n=4, max_steps=1)))  # a rehearsal
+        runs = {OURS: partial(run, OURS, ours, task), BLIND: partial(run, BLIND, blind, task)}
+        times = raced(bench, runs, slow=True)
         case = f"beam, n={n}, {depth} steps of {step}"
         for name, seconds in times.seconds.items():
             done = taken[name]
+            assert {node.identity for node in done.nodes} == {node.identity for node in spent.nodes}, f"{name} drew other steps"
+            assert done.tokens_drawn == spent.tokens_drawn and done.steps_scored == spent.steps_scored
             bench.row(case, contender=name, seconds=seconds, policy_s=done.policy_seconds, prm_s=done.prm_seconds,
                       policy_tokens=done.policy_tokens, prm_tokens=done.prm_tokens, policy_kv_mb=done.policy_kv_bytes / 1e6,
                       prm_kv_mb=done.prm_kv_bytes / 1e6, noise=times.noise, rounds=times.rounds)  # fmt: skip

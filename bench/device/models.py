@@ -41,7 +41,23 @@ def models(bench: Bench) -> None:
             bench.check(f"{name} {NAMES[dtype]}", partial(_as_transformers, bench, name, config, dtype))
             if bench.on_gpu:
                 torch.cuda.empty_cache()
+    if bench.on_gpu:
+        name, config = next(iter(bench.sizes.policies.items()))
+        bench.check(f"{name} fp8", partial(_in_fp8, bench, name, config))
     bench.settle()
+
+
+def _in_fp8(bench: Bench, name: str, config: Config) -> dict[str, Any]:
+    """How far 8-bit floats take the logits of random weights from bfloat16's."""
+    directory, logits = bench.model(name, config), list[Tensor]()
+    ids = list(np.random.default_rng(0).integers(0, config["vocab_size"], READ).tolist())
+    for dtype in ("bfloat16", "fp8"):
+        with load(bench, directory, dtype=dtype) as engine:
+            logits.append(_logits(engine, ids).double())
+        del engine
+    apart = float((logits[1] - logits[0]).square().mean().sqrt() / logits[0].square().mean().sqrt())
+    assert apart < 0.2, f"logits are {apart:.3g} of their size away from bfloat16's"
+    return {"logits apart": apart}
 
 
 def _as_transformers(bench: Bench, name: str, config: Config, dtype: torch.dtype) -> dict[str, Any]:
@@ -108,7 +124,7 @@ def _same_greedy(model: Any, prompt: Sequence[int], tokens: Sequence[int], tie: 
 
 def batch(bench: Bench) -> None:
     """deterministic=True: a problem alone, and among others, to the last bit of its scores."""
-    problems = load_task("embedded", "test", 6)
+    problems = load_task("embedded", "test", min(6, 1 + bench.sizes.problems))
     for dtype in [NAMES[dtype] for dtype in NAMES if dtype in bench.sizes.checked]:
         bench.check(f"alone and among {len(problems)}, {dtype}", partial(_alone, bench, problems, dtype))
     bench.settle()
@@ -127,6 +143,37 @@ def _alone(bench: Bench, problems: Sequence[Problem], dtype: str) -> dict[str, A
     return {"steps and scores": scores}
 
 
+def ticks(bench: Bench) -> None:
+    """Captured ticks on end against the same ticks one by one: where no bit depends on the batch, the same tokens; else most."""
+    problems = load_task("embedded", "test", min(4, bench.sizes.problems))
+    for dtype in [NAMES[dtype] for dtype in NAMES if dtype in bench.sizes.checked]:
+        for deterministic in (True, False):
+            case = f"{dtype}{', deterministic' if deterministic else ''}"
+            bench.check(case, partial(_as_one_by_one, bench, problems, dtype, deterministic))
+    bench.settle()
+
+
+def _as_one_by_one(bench: Bench, problems: Sequence[Problem], dtype: str, deterministic: bool) -> dict[str, Any]:
+    method, sides, begun = make_method("majority", n=16, max_steps=6), list[dict[tuple[int, int], tuple[int, ...]]](), list[int]()
+    with _embedded(bench, str(bench.device), bench.backend, dtype=dtype, deterministic=deterministic) as engine:
+        graphs = engine.policy.graphs
+        if graphs is None:
+            assert not bench.on_gpu, "nothing is captured on a GPU"
+            return {"missing": "nothing is captured on this device"}
+        start = graphs.start
+        graphs.start = lambda outlook, draws: begun.append(len(draws.token)) or start(outlook, draws)  # type: ignore[func-returns-value]
+        for used in (graphs, None):
+            engine.policy.graphs = used
+            engine.forget()
+            results = engine.search(problems, method)
+            sides.append({(i, node.identity): node.tokens for i, result in enumerate(results) for node in result.nodes})
+    assert begun, "no graph was used"
+    same = sum(sides[0].get(key) == tokens for key, tokens in sides[1].items()) / len(sides[1])
+    assert same == 1.0 or not deterministic, f"{same:.0%} of the steps are the same"
+    assert same >= ALIKE or dtype != "float32", f"{same:.0%} of the steps are the same"
+    return {"equal steps": same, "times on end": len(begun)}
+
+
 def demo(bench: Bench) -> None:
     """The models that ship: the CPU's searches again."""
     problems = load_task("embedded", "test", bench.sizes.problems)
@@ -138,8 +185,8 @@ def demo(bench: Bench) -> None:
 
 def _as_on_cpu(bench: Bench, problems: Sequence[Problem], method: Any) -> dict[str, Any]:
     sides: list[list[SearchResult]] = []
-    for device, backend in (("cpu", "native"), (str(bench.device), bench.backend if bench.on_gpu else "reference")):
-        with _embedded(bench, device, backend) as engine:
+    for device, backend in (("cpu", "native"), (str(bench.device), bench.backend if bench.on_gpu else "per_branch")):
+        with _embedded(bench, device, backend, dtype="float32") as engine:
             sides.append(engine.search(problems, method))
     answers = [one.answer == other.answer for one, other in zip(*sides, strict=True)]
     drawn = [{(i, node.identity): node.tokens for i, result in enumerate(side) for node in result.nodes} for side in sides]

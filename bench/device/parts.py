@@ -20,6 +20,7 @@ PARTS = {
     "large": Part(run="kernels:large", seconds=60, timed=False),
     "models": Part(run="models:models", seconds=120, timed=False),
     "batch": Part(run="models:batch", seconds=100, timed=False),
+    "ticks": Part(run="models:ticks", seconds=100, timed=False),
     "demo": Part(run="models:demo", seconds=100, timed=False),
     "eval": Part(run="models:evaluation", seconds=120, timed=False),
     "sanitizer": Part(run="sanitizer:sanitizer", seconds=120, timed=False),
@@ -27,5 +28,5 @@ PARTS = {
     "levels": Part(run="attention:levels", seconds=30, timed=True),
     "tick": Part(run="decode:tick", seconds=45, timed=True),
     "prm": Part(run="prm:prm", seconds=75, timed=True),
-    "search": Part(run="decode:search", seconds=110, timed=True),
+    "search": Part(run="decode:search", seconds=150, timed=True),
 }

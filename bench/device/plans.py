@@ -89,16 +89,15 @@ def _backends(bench: Bench, shape: tuple[int, int, int], dtype: torch.dtype) -> 
     """Plans of their own; the deterministic one gives a row alone the bits that it has among others."""
     told = {}
     for seed in range(bench.sizes.trees):
-        case = Case(
-            bench, random_grove(seed, bench.sizes.nodes, bench.sizes.longest, (9, LONG_NEW)[seed % 2]), shape, dtype, seed=seed
-        )
+        grove = random_grove(seed, bench.sizes.nodes, bench.sizes.longest, (9, LONG_NEW)[seed % 2])
+        case = Case(bench, grove, shape, dtype, seed=seed)
         outs = []
         for backend in (TritonTreeAttention(bench.device), TritonBlindAttention(bench.device),
                         TritonTreeAttention(bench.device, deterministic=True)):  # fmt: skip
             with poisoned():
                 outs.append(backend.run(case.q, None, None, case.cache, 0, backend.plan(case.layout)))
             told = case.judged(outs[-1])
-        grove, ends = case.grove, np.cumsum(case.grove.new)
+        ends = np.cumsum(grove.new)
         for row in range(0, len(grove.rows), max(1, len(grove.rows) // 3)):
             backend = TritonTreeAttention(bench.device, deterministic=True)
             own = slice(int(ends[row]) - grove.new[row], int(ends[row]))

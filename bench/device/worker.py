@@ -27,8 +27,9 @@ def name_kernels() -> None:
         sys.modules["tts_kernels"] = package
 
 
-def run(parts: Mapping[str, float], device: str, sizes: str, directory: Path, told: Callable[[dict[str, Any]], None]) -> int:
-    """Parts by name, each with the seconds it may take; the exit status."""
+def run(parts: Mapping[str, float], device: str, sizes: str, directory: Path, told: Callable[[dict[str, Any]], None],
+        until: float = float("inf")) -> int:  # fmt: skip
+    """Parts by name, each with the seconds it may take, none beyond `until` of time.monotonic(); the exit status."""
     import torch
 
     from .parts import PARTS
@@ -43,7 +44,7 @@ def run(parts: Mapping[str, float], device: str, sizes: str, directory: Path, to
 
         try:
             room, _, function = PARTS[name].run.partition(":")
-            bench = Bench(device, SIZES[sizes], directory, noted, began + seconds)
+            bench = Bench(device, SIZES[sizes], directory, noted, min(until, began + seconds))
             getattr(import_module(f".{room}", __package__), function)(bench, *PARTS[name].given)
             bench.settle()
         except Exception:
