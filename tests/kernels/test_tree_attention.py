@@ -216,8 +216,8 @@ def decoding(seed, branches=6, ahead=0):
 
 @pytest.mark.parametrize("options", [APART, APART | {"tail": 99}, DETERMINISTIC | {"split": 4096}], ids=str)
 def test_rows_grow_on_the_device_over_tiles_and_blocks_to_the_bits_of_a_new_plan(options):
-    steps, rows = 10, 64
-    paths = decoding(1, ahead=steps)
+    steps, rows = 5, 64
+    paths = decoding(1, branches=4, ahead=steps)
     new, k_v = [1] * len(paths), pool(paths, 1, 16, torch.float32)
     before = [path[:-steps] for path in paths]
     plan = plan_for(flat_layout(before, new), 3, rows, reserve=steps, **options)
