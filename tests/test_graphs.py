@@ -7,18 +7,36 @@ import numpy as np
 import pytest
 import torch
 
+from tts_engine import rows
 from tts_engine.attention import make_backend
 from tts_engine.attention.triton_tree import RESERVE, TritonTreeAttention
+from tts_engine.branch import root_branch
+from tts_engine.engine import Engine
+from tts_engine.errors import EngineError
 from tts_engine.graphs import BUCKETS, TICKS, DecodeGraphs, Draws, bucket_for
 from tts_engine.models.weights import load_decoder
+from tts_engine.policy import Policy
+from tts_engine.runner import ModelRunner
 from tts_engine.sampling import Sampling
-from tts_engine.steps import CLOSED, TEXT
-from tts_engine.testing import TicksOneByOne, flat_layout, poisoned_cache, random_model
+from tts_engine.search import Majority, make_method
+from tts_engine.steps import CLOSED, TEXT, DrawnLengths, MarkedSteps
+from tts_engine.tasks.problems import Problem
+from tts_engine.testing import (
+    TicksOneByOne,
+    check_blocks,
+    draw_all,
+    flat_layout,
+    poisoned_cache,
+    random_model,
+    random_policy_directory,
+    random_prm_directory,
+)  # fmt: skip
 
 advance = pytest.importorskip("tts_kernels.advance")
 
 VOCAB, SLOTS, POISON = 97, 700, -(1 << 20)
 AFTER = np.tile(np.where(np.arange(VOCAB) % 9 == 0, CLOSED, TEXT).astype(np.uint8), (3, 1))
+PIECES = [b"a"] * 90 + [b"\n"] * 7  # two of the last close a step
 ENDS = np.arange(VOCAB) % 10 == 5
 SETTINGS = [Sampling(temperature=t, top_k=k, top_p=p, min_p=m)
             for t, k, p, m in [(0, 0, 1, 0), (0.7, 0, 1, 0), (1.3, 9, 1, 0), (0.9, 0, 0.6, 0), (1, 30, 0.9, 0.05)]]  # fmt: skip
@@ -124,3 +142,173 @@ def test_a_tree_that_no_graph_serves_has_no_ticks(decoder):
 def test_rows_go_into_the_smallest_batch_that_holds_them(rows, size):
     assert bucket_for(rows) == size
     assert list(BUCKETS) == sorted(set(BUCKETS))
+
+
+# Whole searches, with the ticks one by one in the graphs' place: what the policy makes of them.
+
+LIMITS = {"max_step_tokens": 16, "max_tokens": 60, "block_size": 4, "kv_bytes": 4 << 20, "deterministic": True}
+PROBLEMS = [Problem(id=f"p{i}", problem=text, answer=None) for i, text in enumerate(["a=3;b=a+4;b?", "1+1?", "7*8?"])]
+METHODS = [make_method("cot", max_steps=5)]
+METHODS += [make_method(name, n=8, max_steps=5) for name in ("majority", "best_of_n", "beam", "dvts", "rebase")]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    top = tmp_path_factory.mktemp("models")
+    random_policy_directory(top / "policy", seed=23, leans={"<|endoftext|>": 0.0})
+    random_prm_directory(top / "prm", "qwen2.5-math-prm", seed=2)
+    return top
+
+
+class Watched(Engine):
+    """Checks the law of blocks after every tick."""
+
+    def _tick(self):
+        super()._tick()
+        for runner in self.runners:
+            check_blocks(runner.tree)
+
+
+def engine_of(models, *, on_end: bool, **settings) -> Watched:
+    """Its policy's ticks one by one, or on end."""
+    engine = Watched.from_pretrained(models / "policy", models / "prm", **LIMITS | settings)
+    runner, rule = engine.policy.runner, engine.policy.rule
+    for table in (runner.cache.k, runner.cache.v):
+        table.fill_(torch.nan)  # whoever reads a slot that was never written draws nonsense
+    if on_end:
+        engine.policy.graphs = TicksOneByOne(runner.decoder, runner.cache, make_backend("native", deterministic=True),
+                                             after=rule.after, ends=rule.eos, last_state=CLOSED)  # fmt: skip
+        monitor(engine.policy.graphs)
+    return engine
+
+
+def monitor(graphs) -> None:
+    """Note the ticks that are begun."""
+    start, graphs.begun = graphs.start, []
+    graphs.start = lambda outlook, draws: graphs.begun.append(len(draws.slots) - 1) or start(outlook, draws)
+
+
+def essence(results) -> list[tuple]:
+    """All that must be equal, bit for bit."""
+    return [
+        (
+            [(b.identity, b.solution, b.scores, b.finish) for b in result.branches],
+            {(n.identity, n.parent.identity, n.tokens, n.score, n.finish) for n in result.nodes},
+            result.answer,
+            result.ledger.policy.tokens_generated,
+        )
+        for result in results
+    ]
+
+
+def assert_nothing_held(engine) -> None:
+    for runner in engine.runners:
+        counts = check_blocks(runner.tree)
+        assert counts.pinned == counts.filling == 0
+
+
+@pytest.mark.parametrize("steps", ["blank-line", "7"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_whole_searches_are_the_same_on_end(models, method, steps):
+    engines = [engine_of(models, on_end=on_end, steps=steps) for on_end in (False, True)]
+    one_by_one, on_end = (essence(engine.search(PROBLEMS, method, seed=1)) for engine in engines)
+    assert on_end == one_by_one
+    assert TICKS in engines[1].policy.graphs.begun
+    assert_nothing_held(engines[1])
+
+
+def test_searches_in_a_small_pool_are_the_same_on_end(models):
+    """Ticks on end are fewer where blocks are, and none where a draw must give way."""
+    method = make_method("beam", n=8, max_steps=5)
+    blocks = 40 * sum(runner.block_bytes for runner in engine_of(models, on_end=False).runners)
+    engines = [engine_of(models, on_end=on_end, kv_bytes=kv) for on_end, kv in ((False, LIMITS["kv_bytes"]), (True, blocks))]
+    roomy, tight = (essence(engine.search(PROBLEMS, method, seed=1)) for engine in engines)
+    assert tight == roomy and engines[1].policy.preemptions > 0
+    assert {TICKS, 1} <= set(engines[1].policy.graphs.begun)
+    assert_nothing_held(engines[1])
+
+
+def test_few_rows_are_the_same_on_end(models):
+    method = make_method("majority", n=8, max_steps=5)
+    engines = [engine_of(models, on_end=on_end, max_rows=rows) for on_end, rows in ((False, 64), (True, 2))]
+    many, few = (essence(engine.search(PROBLEMS, method, seed=1)) for engine in engines)
+    assert few == many
+
+
+def test_a_search_given_up_under_way_leaves_nothing_held_and_the_next_is_as_ever(models):
+    method = make_method("beam", n=8, max_steps=5)
+    engine, fresh = (engine_of(models, on_end=True) for _ in range(2))
+    for ticks in range(1, 9):
+        stream = engine.stream(PROBLEMS, method)
+        tick, engine._tick = engine._tick, interrupted_after(ticks, engine)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+        engine._tick = tick
+        assert_nothing_held(engine)
+    assert essence(engine.search(PROBLEMS, method, seed=1)) == essence(fresh.search(PROBLEMS, method, seed=1))
+
+
+def interrupted_after(ticks, engine):
+    left, tick = iter(range(ticks)), engine._tick
+
+    def tick_or_stop():
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        tick()
+
+    return tick_or_stop
+
+
+@pytest.mark.parametrize("verb", ["plan", "start", "finish"])
+def test_ticks_that_fail_lose_no_step_and_leave_nothing_held(models, verb):
+    method = make_method("best_of_n", n=8, max_steps=5)
+    engine, fresh = (engine_of(models, on_end=True) for _ in range(2))
+    whole, calls = getattr(engine.policy.graphs, verb), iter(range(1 << 20))
+
+    def failing(*given):
+        if next(calls) % 3 == 0:
+            raise KeyboardInterrupt
+        return whole(*given)
+
+    setattr(engine.policy.graphs, verb, failing)
+    tick = engine.policy.tick
+
+    def patient():
+        try:
+            tick()
+        except KeyboardInterrupt:
+            check_blocks(engine.policy.runner.tree)
+
+    engine.policy.tick = patient
+    assert essence(engine.search(PROBLEMS, method, seed=1)) == essence(fresh.search(PROBLEMS, method, seed=1))
+    assert_nothing_held(engine)
+
+
+def test_logits_that_are_not_finite_end_the_searches_with_a_sentence(models, monkeypatch):
+    engine = engine_of(models, on_end=True)
+    decoder, calls = engine.policy.runner.decoder, iter(range(1 << 20))
+    whole = decoder.logits
+    monkeypatch.setattr(decoder, "logits", lambda hidden: whole(hidden) + (torch.nan if next(calls) > 3 else 0))
+    with pytest.raises(EngineError, match="logits are not finite"):
+        engine.search(PROBLEMS, make_method("majority", n=4, max_steps=5))
+    assert engine.policy.graphs.begun
+    assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize("rule", [MarkedSteps(PIECES, [5], VOCAB), DrawnLengths(6, VOCAB)], ids=["marked", "drawn lengths"])
+def test_a_whole_search_with_the_kernels_is_the_same_on_end(decoder, rule):
+    found = []
+    for backend in (make_backend("native"), TritonTreeAttention("cpu")):
+        runner, graphs = ModelRunner(decoder, backend, num_blocks=64, block_size=4), None
+        if isinstance(backend, TritonTreeAttention):
+            graphs = DecodeGraphs(decoder, runner.cache, backend, after=rule.after, ends=rule.eos, last_state=CLOSED)
+            monitor(graphs)
+        policy = Policy(runner, rule, max_rows=8, graphs=graphs)
+        program = Majority(n=2).program(root_branch(range(20, 33)))
+        drawn = draw_all(policy, program, 13, temperature=0.8, max_tokens=14, max_step_tokens=12)
+        found.append({(node.identity, node.tokens, node.finish) for node in drawn.nodes})
+    assert found[0] == found[1] and sum(graphs.begun) >= 8
+
+
+def test_why_a_row_leaves_is_told_by_the_same_numbers_everywhere():
+    assert (rows.END, rows.WHOLE, rows.CUT, rows.FAULT) == (advance.ENDED, advance.CLOSED, advance.CUT, advance.FAULT)

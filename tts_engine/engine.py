@@ -15,8 +15,10 @@ from typing import Self
 import torch
 
 from .attention import make_backend, refuse_windows
+from .attention.triton_tree import TritonTreeAttention
 from .branch import Branch, root_branch
 from .errors import EngineError
+from .graphs import DecodeGraphs
 from .ledger import Ledger
 from .models import heads
 from .models.tokenizer import chat_template, encode_prompt, end_ids, load_tokenizer, token_bytes
@@ -29,7 +31,7 @@ from .results import Choice, Chooser, SearchResult, conclude
 from .runner import ModelRunner
 from .sampling import Sampling, philox_key
 from .search import Driver, Method
-from .steps import check_mode, step_rule
+from .steps import CLOSED, StepRule, check_mode, step_rule
 from .tasks.grader import Grader
 from .tasks.problems import Problem
 from .tasks.prompts import messages
@@ -163,7 +165,8 @@ class Engine:
         spec = decoders[0].spec
         rule = step_rule(config.steps, token_bytes(tokenizer), end_ids(tokenizer, checkpoints[0].directory), spec.vocab_size)
         scorer = make_scorer(runners[1], checkpoints[1], config.prm_family) if prm is not None else None
-        return cls(config, Policy(runners[0], rule, max_rows=config.max_rows), scorer, tokenizer, Grader())
+        policy_of_rule = Policy(runners[0], rule, max_rows=config.max_rows, graphs=make_graphs(runners[0], rule))
+        return cls(config, policy_of_rule, scorer, tokenizer, Grader())
 
     def __enter__(self) -> Self:
         return self
@@ -348,6 +351,13 @@ class Engine:
         search.ledger.seconds = time.perf_counter() - search.started
         choice = search.choice or Choice(search.method)
         return conclude(search.problem, choice, seed, search.driver.result, nodes, search.ledger, self.grader)
+
+
+def make_graphs(runner: ModelRunner, rule: StepRule) -> DecodeGraphs | None:
+    """Captured decode, where the device captures and the attention can be."""
+    if runner.decoder.device.type != "cuda" or not isinstance(runner.backend, TritonTreeAttention):
+        return None
+    return DecodeGraphs(runner.decoder, runner.cache, runner.backend, after=rule.after, ends=rule.eos, last_state=CLOSED)
 
 
 def make_scorer(runner: ModelRunner, checkpoint: Checkpoint, family: str | None) -> Scorer:

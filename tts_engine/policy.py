@@ -13,9 +13,10 @@ import torch
 
 from .branch import Branch, Finish
 from .errors import EngineError
+from .graphs import TICKS, DecodeGraphs
 from .kv.tree import NO_NODE
 from .ledger import PolicyLedger
-from .rows import END, WHOLE, Rows, Run
+from .rows import END, FAULT, WHOLE, Rows, Run
 from .runner import ModelRunner, pairs
 from .sampling import Sampling, sample
 from .search.driver import Answer, Ask, Draw, Driver
@@ -24,6 +25,8 @@ from .steps import StepRule
 NO_TOKEN = -1  # what `sample` draws from logits that are no numbers
 MAX_PREFILL = 4096  # tokens of prompts and forgotten steps that one tick reads, beside at least one parent
 ANSWER_SIGN = "\\boxed{"
+NOT_FINITE = "the policy's logits are not finite: its weights or dtype are at fault"
+COVER = 2  # ticks that a device does while the host closes the steps that ended before them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +71,7 @@ class _Row:
     lease: int = NO_NODE
     path_start: int = 0  # tokens on the path before the step
     first: int = 0  # tokens it had when its lease began
+    seat: int = 0  # among the rows of the ticks that are under way
 
 
 @dataclass(slots=True, eq=False)
@@ -90,12 +94,16 @@ class _Batch:
 class Policy:
     """Draws for many searches over one model. `submit` what a driver asks; `tick` until `busy` is False."""
 
-    def __init__(self, runner: ModelRunner, rule: StepRule, *, max_rows: int) -> None:
-        self.runner, self.rule, self.max_rows = runner, rule, max_rows
+    def __init__(self, runner: ModelRunner, rule: StepRule, *, max_rows: int, graphs: DecodeGraphs | None = None) -> None:
+        """graphs: of that decoder and cache, for that rule. With them rows decode for many ticks on end, and the host does what is
+        its own meanwhile."""
+        self.runner, self.rule, self.max_rows, self.graphs = runner, rule, max_rows, graphs
         self.preemptions = 0
         self._waiting: deque[_Row] = deque()
         self._rows = Rows[_Row](max_rows)
         self._samplings: dict[Sampling, int] = {}
+        self._under_way = 0  # ticks that the graphs were told to do
+        self._seated = False  # the last forward was read by draws that it seated
 
     @property
     def busy(self) -> bool:
@@ -120,9 +128,24 @@ class Policy:
         self._rows.keep([row.context is not context for row in self._rows.owners])
 
     def tick(self) -> None:
-        """Admit what fits, run one forward, draw one token a row, close the steps that ended."""
+        """Admit what fits, run one forward, draw one token a row, close the steps that ended.
+
+        With graphs, draws are seated between ticks on end, and forwards that seat none are such ticks; a call then ends while they
+        are under way.
+        """
+        ticks, leaving = self._under_way, self._finish()
+        try:
+            if leaving and ticks > COVER:
+                self._start(COVER)
+        finally:
+            self._leave(leaving)
+        if self._under_way:
+            return
         decoding = len(self._rows)
-        batch = self._admit()
+        batch = _Batch() if self._seated and self._rows and self.graphs is not None else self._admit()
+        self._seated = bool(batch.runs)
+        if not self._rows or (not batch.runs and self._start(TICKS)):
+            return
         try:
             logits, sources = self._forward(batch, decoding)
         except BaseException:
@@ -243,11 +266,14 @@ class Policy:
         """Add a token to each row; rows whose step ended leave, the others get room for what comes, or are preempted."""
         listed = tokens.tolist()
         if NO_TOKEN in listed:
-            raise EngineError("the policy's logits are not finite: its weights or dtype are at fault")
+            raise EngineError(NOT_FINITE)
         for row, token in zip(self._rows.owners, listed, strict=True):
             row.tokens.append(token)
         leaving = self._rows.append(tokens, self.rule)
         self._extend()  # a closing row's spare slot may be the last one: rows that go on take room first
+        self._leave(leaving)
+
+    def _leave(self, leaving: list[tuple[_Row, int]]) -> None:
         for row, why in leaving:
             self._close(row, Finish.EOS if why & END else None if why & WHOLE else Finish.LENGTH)
 
@@ -297,6 +323,47 @@ class Policy:
         else:
             context.drawn(child)
         row.answer.put(row.place, child)
+
+    # Many ticks on end
+
+    def _start(self, ticks: int) -> bool:
+        """Have the graphs do so many for all rows, or as many as there are blocks for; False where it is none."""
+        rows, tree = self._rows, self.runner.tree
+        if self.graphs is None or not rows:
+            return False
+        segments, _, _ = rows.follow([], [], len(rows))
+        outlook = self.graphs.plan(self.runner.layout(segments))
+        ticks = min(ticks, outlook.ticks)
+        while ticks and self._blocks_for(ticks) > tree.available():
+            ticks //= 2
+        if not ticks or tree.extend_many(segments.handles, ticks) < len(rows):
+            return False
+        counts = np.full(len(rows), ticks + 1, np.int32)
+        slots = tree.write_slots(segments.handles, segments.is_lease, segments.starts, counts).reshape(len(rows), -1).T
+        for seat, row in enumerate(rows.owners):
+            row.seat = seat
+        self.graphs.start(outlook, rows.begin(slots, list(self._samplings)))
+        self._under_way = ticks
+        return True
+
+    def _blocks_for(self, ticks: int) -> int:
+        """Blocks that all rows together lack for so many tokens more."""
+        size = self.runner.tree.block_size
+        spare = -self._rows.table["length"] % size
+        return int(-(np.minimum(spare - ticks, 0) // size).sum())
+
+    def _finish(self) -> list[tuple[_Row, int]]:
+        """Wait for the ticks under way, if there are any; rows that stopped, and why."""
+        if not self._under_way or self.graphs is None:
+            return []
+        drawn, self._under_way = self.graphs.finish(), 0
+        rows = self._rows.owners
+        if any(drawn.stop[row.seat] & FAULT for row in rows):
+            raise EngineError(NOT_FINITE)
+        columns = drawn.tokens.T.tolist()
+        for row in rows:
+            row.tokens += columns[row.seat][: drawn.drawn[row.seat]]
+        return self._rows.go_on(drawn, [row.seat for row in rows])
 
     # Counting
 

@@ -9,11 +9,15 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 
 from . import _C  # type: ignore[attr-defined]
+from .graphs import Drawn, Draws
 from .runner import Segments
+from .sampling import Sampling
 from .steps import CLOSED, StepRule
 
 Owner = TypeVar("Owner")
-END, WHOLE, CUT = 1, 2, 4  # why a row leaves: an end-of-text token, a step that closed, no room for more; or several of these
+# Why a row leaves: an end-of-text token, a step that closed, no room for more, a draw that is no token; or several of these.
+END, WHOLE, CUT, FAULT = 1, 2, 4, 8
+SETTINGS = (("temperature", np.float32), ("top_k", np.int32), ("top_p", np.float32), ("min_p", np.float32))  # of a draw
 
 
 class Run(NamedTuple):
@@ -78,4 +82,22 @@ class Rows(Generic[Owner]):
         leaving = [(self.owners[place], why) for place, why in left]
         for place, _ in reversed(left):
             del self.owners[place]
+        return leaving
+
+    def begin(self, slots: np.ndarray, samplings: Sequence[Sampling]) -> Draws:
+        """What all rows are to decode on from, for ticks on end. slots int64 [ticks + 1, B]; the samplings by their numbers."""
+        t = self.table
+        settings = {name: np.array([getattr(one, name) for one in samplings], dtype)[t["sampling"]] for name, dtype in SETTINGS}
+        return Draws(token=t["newest"], position=t["path_start"] + t["length"] - 1, slots=slots, state=t["state"],
+                     room=t["room"] - t["length"], key=t["key"], identity=t["identity"], **settings)  # fmt: skip
+
+    def go_on(self, drawn: Drawn, seats: Sequence[int]) -> list[tuple[Owner, int]]:
+        """Every row takes what was drawn on end for its seat, and leaves where it stopped: as `append` says."""
+        at, t = np.array(seats, np.int64), self.table
+        count, stop = drawn.drawn[at], drawn.stop[at]
+        t["newest"] = drawn.tokens[count - 1, at]
+        t["length"] += count
+        t["state"] = drawn.state[at]
+        leaving = [(self.owners[i], int(stop[i])) for i in np.flatnonzero(stop).tolist()]
+        self.keep(stop == 0)
         return leaving

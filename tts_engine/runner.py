@@ -74,15 +74,11 @@ class ModelRunner:
             parent = node
         return nodes
 
-    def forward(self, segments: Segments, read_at: np.ndarray) -> Tensor:
-        """Write the new tokens' K and V; hidden states [R, d] at read_at int64 [R], increasing indices into the T tokens, one of a
-        run at most, or all of them.
-
-        A run's ancestors must be written already or be runs of this forward. Marking nodes as computed is the caller's.
-        """
+    def layout(self, segments: Segments) -> BatchLayout:
+        """Where all of it stands."""
         s = segments
         places = self.tree.lay_out(s.handles, s.is_lease, s.starts, s.counts, s.path_starts)
-        layout = BatchLayout(
+        return BatchLayout(
             rows=s.handles,
             starts=s.starts,
             ends=places.ends,
@@ -92,11 +88,19 @@ class ModelRunner:
             context_lens=places.context_lens,
             paths=TreePaths(self.tree, s.handles, s.is_lease, places.ends, places.context_lens),
         )
+
+    def forward(self, segments: Segments, read_at: np.ndarray) -> Tensor:
+        """Write the new tokens' K and V; hidden states [R, d] at read_at int64 [R], increasing indices into the T tokens, one of a
+        run at most, or all of them.
+
+        A run's ancestors must be written already or be runs of this forward. Marking nodes as computed is the caller's.
+        """
+        layout = self.layout(segments)
         device = self.decoder.device
-        given = (s.token_ids, places.positions, read_at)
+        given = (segments.token_ids, layout.positions, read_at)
         ids, positions, reads = (torch.from_numpy(np.ascontiguousarray(x, np.int64)).to(device) for x in given)
         plan = self.backend.plan(layout)
-        read_plan = plan if len(read_at) == len(places.positions) else self.backend.plan(layout.only(read_at))
+        read_plan = plan if len(read_at) == len(layout.positions) else self.backend.plan(layout.only(read_at))
         return self.decoder.forward(
             ids, positions, cache=self.cache, backend=self.backend, plan=plan, read_at=reads, read_plan=read_plan
         )
