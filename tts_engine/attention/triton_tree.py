@@ -128,8 +128,8 @@ class TritonTreeAttention:
             classes = [rows for rows in able if rows >= 64] if long else [rows for rows in able if rows <= 64] or able[:1]
             options = ((rows, self._width(layout, rows // group), split) for rows in classes for split in SPLITS)
             if not long:
-                return self._with_tails(min(options, key=lambda option: load.clocks(*option, able[0])), load, able[0])
-        rows, width, split = min(options, key=lambda option: load.clocks(*option))
+                return self._with_tails(min(options, key=lambda option: load.clocks(option, able[0])), load, able[0])
+        rows, width, split = min(options, key=load.clocks)
         return Cut(rows=rows, tail_rows=rows, max_queries=width, split=split, compress=not self._deterministic,
                    tile=load.keys_worth(ITEM, rows))  # fmt: skip
 
@@ -215,8 +215,9 @@ class _Load:
         self.context = float(counts @ contexts) / max(1, self.queries)
         self.own = min(self.context, distinct / max(1, self.queries))
 
-    def clocks(self, rows: int, width: int, split: int, tail_rows: int | None = None) -> float:
-        """Until tiles of that class, of `width` queries, are done with paths cut every `split` tokens; tails apart or not."""
+    def clocks(self, option: tuple[int, int, int], tail_rows: int | None = None) -> float:
+        """Until tiles of a class, of so many queries, are done with paths cut every so many tokens; tails apart or not."""
+        rows, width, split = option
         tiles = -(-self.queries // width)
         shared, tails = self.context - self.own, min(width, self.queries) * self.own
         clocks = shared * key_clocks(rows, self.dim) + tails * key_clocks(tail_rows or rows, self.dim)
