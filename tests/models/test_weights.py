@@ -277,5 +277,7 @@ def test_loading_peaks_at_no_more_than_1_2_times_the_weights(tmp_path, dtype, lo
     model.save_pretrained(tmp_path / "big")
     command = [sys.executable, "-c", PEAK, str(tmp_path / "big"), dtype, str(tmp_path / "tiny"), load]
     environment = {"PYTHONPATH": ":".join(p for p in sys.path if p), "PATH": ""}
+    if dtype == "float8_e4m3fn":  # in a GPU's memory: here the C library would keep holes between so many matrices of a few MB
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert 0.9 <= float(done.stdout.split()[-1]) <= 1.2  # below: the mark missed the load
