@@ -12,6 +12,7 @@ import torch
 from tts_engine.branch import Finish
 from tts_engine.engine import Engine, EngineConfig
 from tts_engine.errors import EngineError, OutOfBlocks
+from tts_engine.prm import scorer as scorer_room
 from tts_engine.sampling import gumbel, philox_key
 from tts_engine.search import make_method
 from tts_engine.steps import MarkedSteps
@@ -451,6 +452,20 @@ def test_a_step_shared_by_children_is_computed_once_in_beam_search(models):
     assert result.ledger.policy.tokens_computed == computed
     leaves = [node for node in nodes if node.identity not in expanded]
     assert result.ledger.policy.tokens_unshared == sum(prompt + leaf.num_tokens for leaf in leaves) > computed
+
+
+@pytest.mark.parametrize("method", [make_method("beam", n=8, max_steps=5, rules="reference"), *STEP_METHODS])
+def test_the_prm_reads_each_distinct_step_that_is_scored_once_and_no_other(models, monkeypatch, method):
+    monkeypatch.setattr(scorer_room, "BATCH_TOKENS", 30)  # most are read before they are asked for
+    engine = load(models)
+    (result,) = engine.search(PROBLEMS[0], method, seed=3)
+    spec, problem = engine.scorer.spec, PROBLEMS[0].problem
+    scored = {tuple(step.text for step in node.steps) for node in result.nodes if node.score is not None}
+    read = {path[:depth] for path in scored for depth in range(1, len(path) + 1)}
+    own = sum(len(spec.step(path[-1], len(path) == 1)) for path in read)
+    assert result.ledger.prm.tokens_computed == len(spec.opening(problem)) + own
+    dropped = [node for node in result.nodes if node.score is None]
+    assert bool(dropped) == method.rules.drop_truncated
 
 
 def test_cot_is_greedy_one_branch_and_needs_no_prm(models):

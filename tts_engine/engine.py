@@ -249,14 +249,19 @@ class Engine:
             self._searching = False
 
     def _tick(self) -> None:
-        """One forward of one model. The PRM's turn comes when more branches wait for it than for the policy: large batches pay."""
-        if self.scorer is not None and self.scorer.num_open > self.policy.num_open:
-            self.scorer.tick()
+        """One forward of one model. The PRM's turn comes when there is a batch to read, or when more branches wait for it than for
+        the policy: large batches pay."""
+        scorer = self.scorer
+        if scorer is not None and (scorer.worth_a_tick or scorer.num_open > self.policy.num_open):
+            scorer.tick()
         else:
             self.policy.tick()
 
     def _pass_on(self, search: _Search) -> None:
-        """Hand on what a program asks, until it waits for a model or is done."""
+        """Hand on what closed and what a program asks, until it waits for a model or is done."""
+        for branch in search.driver.arrived():
+            assert self.scorer is not None and search.scoring is not None, "stream() refuses a method that lacks its PRM"
+            self.scorer.offer(search.scoring, branch)
         while asks := search.driver.asks():
             for ask in asks:
                 if ask.draws:

@@ -312,17 +312,15 @@ class Policy:
     def _pass_on(self, row: _Row, child: Branch) -> None:
         """Answer the ask with the child, or draw on where the whole trajectory was asked for."""
         context = row.context
-        if row.draw.to_end:
-            if child.depth >= context.max_steps:
-                child = child.ended(Finish.DEPTH)
-            context.drawn(child)
-            if not child.finished:
-                draw = context.driver.next_draw(child, row.draw.lane, to_end=True)
-                self._waiting.appendleft(_Row(context, row.answer, row.place, draw))
-                return
+        if row.draw.to_end and child.depth >= context.max_steps:
+            child = child.ended(Finish.DEPTH)
+        context.drawn(child)
+        row.answer.close_step(child)
+        if row.draw.to_end and not child.finished:
+            draw = context.driver.next_draw(child, row.draw.lane, to_end=True)
+            self._waiting.appendleft(_Row(context, row.answer, row.place, draw))
         else:
-            context.drawn(child)
-        row.answer.put(row.place, child)
+            row.answer.put(row.place, child)
 
     # Many ticks on end
 

@@ -13,6 +13,7 @@ from tts_engine.errors import EngineError, ModelError, OutOfBlocks
 from tts_engine.kv.tree import blocks_needed
 from tts_engine.ledger import PRMLedger
 from tts_engine.models.weights import Checkpoint, load_decoder
+from tts_engine.prm import scorer as scorer_room
 from tts_engine.prm.families import FAMILIES
 from tts_engine.prm.scorer import ScoreContext, Scorer
 from tts_engine.prm.spec import PRMSpec, TwoClassHead
@@ -190,6 +191,64 @@ def test_siblings_with_equal_text_are_read_once_and_scored_each(prm):
     assert len({branch.score for branch in out}) == 1 and len({id(branch) for branch in out}) == 3
     assert context.ledger.tokens_computed == len(context.opening) + len(spec.step("same", True))
     assert context.ledger.steps_scored == 3
+
+
+def test_what_was_offered_is_read_with_others_and_answered_without_another_forward(prm):
+    bench = Bench(load(prm))
+    context, root = bench.context(), root_branch(())
+    early, late = grown(root, STEPS[:1]), grown(root, ["late"])
+    bench.scorer.offer(context, early)
+    bench.scorer.offer(context, grown(root, STEPS[:1]))
+    assert bench.scorer.num_open == context.ledger.tokens_computed == 0
+    bench.scorer.tick()
+    read = context.ledger.tokens_computed
+    assert read == len(context.opening) + len(bench.scorer.spec.step(STEPS[0], True)) and not bench.told
+    bench.ask(context, [early])
+    assert bench.scorer.num_open == 0 and context.driver.done
+    assert list(context.driver.result[0].scores) == near(full_forward(prm, bench.scorer.spec, STEPS[:1]))
+    assert context.ledger.tokens_computed == read and bench.told == context.driver.result
+    bench.scorer.offer(context, late)
+    bench.score(context, [late, early])
+    assert context.ledger.tokens_computed == read + len(bench.scorer.spec.step("late", True))
+    assert not bench.scorer._offered and not context.readings
+
+
+def test_the_parts_of_an_offered_path_are_read_with_it(prm):
+    bench = Bench(load(prm))
+    context, branch = bench.context(), root_branch(())
+    for text in STEPS:
+        branch = grown(branch, [text])
+        bench.scorer.offer(context, branch)
+    (out,) = bench.score(context, [branch])
+    assert list(out.scores) == near(full_forward(prm, bench.scorer.spec, STEPS))
+    assert context.ledger.tokens_computed == len(bench.scorer.spec.render(PROBLEM, STEPS)[0])
+    assert not bench.scorer._offered and not context.readings
+
+
+def test_siblings_with_equal_text_are_read_once_though_one_comes_later(prm):
+    bench = Bench(load(prm))
+    context, root = bench.context(), root_branch(())
+    (first,) = bench.score(context, [grown(root, ["same"])])
+    read = context.ledger.tokens_computed
+    (twin,) = bench.score(context, [Branch(root, (2,), "same", 77)])
+    assert twin.score == first.score and twin.identity == 77 and context.ledger.tokens_computed == read
+    assert context.ledger.steps_scored == 2
+
+
+def test_a_batch_is_worth_a_tick_whoever_waits_and_those_waited_for_come_first(prm, monkeypatch):
+    bench = Bench(load(prm))
+    step = len(bench.scorer.spec.step("a", True))
+    monkeypatch.setattr(scorer_room, "BATCH_TOKENS", 3 * step)
+    monkeypatch.setattr(scorer_room, "MAX_TOKENS", 1)
+    context, root = bench.context(), root_branch(())
+    for text, worth in (("a", False), ("b", False), ("a", False), ("c", True)):
+        bench.scorer.offer(context, grown(root, [text]))
+        assert bench.scorer.worth_a_tick == worth
+    bench.ask(context, [grown(root, ["c"])])
+    bench.scorer.tick()
+    assert context.driver.done and len(context.scores) == 1 and not bench.scorer.worth_a_tick
+    bench.scorer.abandon(context)
+    assert not bench.scorer._offered and not context.readings
 
 
 def test_finish_and_lane_of_a_branch_survive_its_scoring(prm):

@@ -1,8 +1,9 @@
 import pytest
 
 from tts_engine.branch import Branch, Finish, child_identity, root_branch
+from tts_engine.search import make_method
 from tts_engine.search.driver import Driver
-from tts_engine.search.requests import Expand, Join, Score
+from tts_engine.search.requests import Expand, Join, Outlook, Score
 from tts_engine.testing import play, random_policy, random_prm
 
 ROOT = root_branch((1, 2, 3))
@@ -110,6 +111,39 @@ def test_later_steps_of_a_trajectory_take_their_numbers_from_the_driver():
     driver.answer(ask, [Branch(d.branch, (7,), "x", d.identity, finish=Finish.EOS) for d in seconds])
     (ask,) = driver.asks()
     assert ask.draws[0].draw == 1  # the trajectory's own second step was draw 0 of the same parent
+
+
+def test_a_step_that_will_be_scored_is_told_when_it_closes_and_once():
+    def program():
+        yield Expand([ROOT, ROOT], outlook=Outlook(scored=lambda step: step.finish is not Finish.LENGTH))
+        return (yield Expand([ROOT]))
+
+    driver = Driver(program())
+    (ask,) = driver.asks()
+    kept, cut = children_of(ask)[0], children_of(ask, Finish.LENGTH)[1]
+    driver.close_step(ask, kept)
+    assert driver.arrived() == [kept] and driver.arrived() == []
+    driver.close_step(ask, cut)
+    driver.answer(ask, [kept, cut])
+    (ask,) = driver.asks()
+    driver.close_step(ask, children_of(ask)[0])  # nothing is said of what becomes of it
+    assert driver.arrived() == []
+
+
+@pytest.mark.parametrize(
+    ("method", "rules", "ended"),
+    [("majority", {}, None), ("cot", {}, None), ("best_of_n", {}, "all"), ("beam", {}, "all"), ("rebase", {}, "all"),
+     ("dvts", {}, "all"), ("beam", {"drop_truncated": True}, "kept"), ("dvts", {"rules": "reference"}, "kept")],
+)  # fmt: skip
+def test_methods_say_which_steps_they_will_have_scored(method, rules, ended):
+    budget = {} if method == "cot" else {"n": 8}
+    driver = Driver(make_method(method, **budget, **({} if method in ("majority", "cot") else rules)).program(ROOT))
+    for ask in driver.asks():
+        for finish in (None, Finish.EOS, Finish.LENGTH):
+            step = children_of(ask, finish)[0]
+            driver.close_step(ask, step)
+            scored = ended == "all" or (ended == "kept" and finish is not Finish.LENGTH)
+            assert driver.arrived() == [step] * scored
 
 
 def test_empty_requests_are_answered_at_once():

@@ -1,8 +1,8 @@
 """The PRM at work: steps of many searches read together, each once, behind what it has read of their paths before."""
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from textwrap import shorten
 
 import numpy as np
@@ -16,12 +16,17 @@ from ..runner import ModelRunner, Segments, pairs
 from ..search.driver import Answer, Ask, Driver
 from .spec import PRMSpec
 
-MAX_TOKENS = 4096  # new tokens of one forward, beside at least one branch
+MAX_TOKENS = 4096  # new tokens of one forward, beside at least one path
+BATCH_TOKENS = 2048  # new tokens that are worth a forward though nobody waits for their scores yet
+OPENING = -1  # the path without steps
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class ScoreContext:
-    """What all scoring of one search has in common. `scored` is told every step that gets its score."""
+    """What all scoring of one search has in common. `scored` is told every step that gets its score.
+
+    What the PRM reads of a branch is a path of texts, and each path has a number: draws that wrote the same are one path.
+    """
 
     driver: Driver
     opening: list[int]  # the PRM's token ids before the first step
@@ -29,17 +34,32 @@ class ScoreContext:
     scored: Callable[[Branch], None]
     opened: bool = False  # the opening was read once already
     step_ids: dict[tuple[str, bool], list[int]] = field(default_factory=dict)  # spec.step's answers so far
+    paths: dict[tuple[int, str], int] = field(default_factory=dict)  # (the path above, a step's text) -> the path
+    scores: dict[int, float] = field(default_factory=dict)  # by path: its last step's
+    readings: "dict[int, _Reading]" = field(default_factory=dict)  # by path: what is still to be read
+
+    def path(self, branch: Branch) -> list[int]:
+        """The paths down to the branch, that without steps first."""
+        numbers = [OPENING]
+        for step in branch.steps:
+            numbers.append(self.paths.setdefault((numbers[-1], step.text), len(self.paths)))
+            if step.score is not None:
+                self.scores.setdefault(numbers[-1], step.score)
+        return numbers
+
+    def knows(self, path: list[int]) -> bool:
+        return all(number in self.scores for number in path[1:])
 
 
 @dataclass(slots=True, eq=False)
 class _Reading:
-    """One branch to be read on its way to its `place` in an answer: its tokens step by step, the opening first."""
+    """A path to be read: its tokens step by step, the opening first. Those who wait for it: branches, each with its place in an
+    answer."""
 
     context: ScoreContext
-    answer: Answer
-    place: int
-    branch: Branch
+    path: list[int]
     ids: list[list[int]]
+    waiting: list[tuple[Answer, int, Branch]] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -54,17 +74,32 @@ class _Run:
 
 
 class Scorer:
-    """Scores for many searches over one model. `submit` what a driver asks; `tick` while `num_open`."""
+    """Scores for many searches over one model. `offer` what will be asked, `submit` what a driver asks; `tick` while `num_open`."""
 
     def __init__(self, runner: ModelRunner, spec: PRMSpec, head: Callable[[Tensor], Tensor], *, head_flops: int) -> None:
         """head: hidden states [R, d] -> scores float32 [R]; head_flops: its cost for one of them."""
         self.runner, self.spec, self.head, self.head_flops = runner, spec, head, head_flops
-        self._waiting: deque[_Reading] = deque()
+        self._asked: dict[_Reading, None] = {}  # oldest first
+        self._offered: dict[_Reading, None] = {}
 
     @property
     def num_open(self) -> int:
-        """Branches that wait to be read."""
-        return len(self._waiting)
+        """Branches that are waited for."""
+        return sum(len(reading.waiting) for reading in self._asked)
+
+    @property
+    def worth_a_tick(self) -> bool:
+        """Whether so much is to be read that it pays, whoever waits."""
+        return sum(len(reading.ids[-1]) for reading in chain(self._asked, self._offered)) >= BATCH_TOKENS
+
+    def offer(self, context: ScoreContext, branch: Branch) -> None:
+        """Take a branch whose score will be asked for: some tick reads it, with others. Raises EngineError as `submit` does."""
+        path = context.path(branch)
+        if not context.knows(path):
+            reading = self._reading(context, branch, path)
+            if path[-1] not in context.readings:
+                context.readings[path[-1]] = reading
+                self._offered[reading] = None
 
     def submit(self, context: ScoreContext, ask: Ask) -> None:
         """Take a Score; it is answered through the context's driver, at once where every step has its score already.
@@ -73,36 +108,39 @@ class Scorer:
         the model does not know.
         """
         answer = Answer(context.driver, ask)
-        readings = []
-        for place, branch in enumerate(ask.branches):
-            if None in branch.scores:
-                steps = [self._ids(context, step.text, number == 0) for number, step in enumerate(branch.steps)]
-                readings.append(_Reading(context, answer, place, branch, [context.opening, *steps]))
-                self._refuse_unless_readable(readings[-1])
-            else:
-                answer.put(place, branch)
-        self._waiting.extend(readings)
+        branches = [(place, branch, context.path(branch)) for place, branch in enumerate(ask.branches)]
+        unread = [(place, branch, self._reading(context, branch, path)) for place, branch, path in branches
+                  if not context.knows(path)]  # fmt: skip
+        for place, branch, reading in unread:
+            reading = context.readings.setdefault(reading.path[-1], reading)
+            reading.waiting.append((answer, place, branch))
+            self._offered.pop(reading, None)
+            self._asked[reading] = None
+        for place, branch, path in branches:
+            if context.knows(path):
+                self._answer(context, answer, place, branch)
 
     def abandon(self, context: ScoreContext) -> None:
-        """Forget whatever one search still waits for."""
-        self._waiting = deque(reading for reading in self._waiting if reading.context is not context)
+        """Forget whatever of one search is still to be read."""
+        for reading in context.readings.values():
+            self._forget(reading)
+        context.readings.clear()
 
     def tick(self) -> None:
-        """One forward over as many waiting branches as fit: new tokens only, shared ones once."""
+        """One forward over as many paths as fit, first those that are waited for: new tokens only, shared ones once."""
         tree = self.runner.tree
         taken: list[tuple[_Reading, list[int]]] = []
         runs: dict[int, _Run] = {}  # by node
         num_tokens = 0
-        while self._waiting and (num_tokens < MAX_TOKENS or not taken):
-            reading = self._waiting[0]
-            nodes = self.runner.hold_path(reading.ids)
+        for reading in chain(self._asked, self._offered):
+            nodes = self.runner.hold_path(reading.ids) if num_tokens < MAX_TOKENS else None
             if nodes is None:
                 break
-            self._waiting.popleft()
             taken.append((reading, nodes))
             num_tokens += self._plan(reading, nodes, runs)
         if not taken:
-            need = sum(blocks_needed(len(ids), tree.block_size) for ids in self._waiting[0].ids)
+            first = next(chain(self._asked, self._offered))
+            need = sum(blocks_needed(len(ids), tree.block_size) for ids in first.ids)
             raise OutOfBlocks(f"the PRM needs {need} KV blocks of {tree.block_size} tokens to read one branch and has "
                               f"{tree.num_blocks} in all; raise kv_bytes")  # fmt: skip
         try:
@@ -111,7 +149,16 @@ class Scorer:
             for _, nodes in taken:
                 tree.drop(nodes[-1])
         for reading, nodes in taken:
-            self._answer(reading, [scores.get(node) for node in nodes])
+            self._conclude(reading, [scores.get(node) for node in nodes])
+
+    def _reading(self, context: ScoreContext, branch: Branch, path: list[int]) -> _Reading:
+        """The reading of a branch, made where there is none yet."""
+        reading = context.readings.get(path[-1])
+        if reading is None:
+            steps = [self._ids(context, step.text, number == 0) for number, step in enumerate(branch.steps)]
+            reading = _Reading(context, path, [context.opening, *steps])
+            self._refuse_unless_readable(branch, reading.ids)
+        return reading
 
     def _ids(self, context: ScoreContext, text: str, first: bool) -> list[int]:
         """A step as the PRM reads it; the tokenizer is asked once."""
@@ -120,11 +167,11 @@ class Scorer:
             ids = context.step_ids[text, first] = self.spec.step(text, first)
         return ids
 
-    def _refuse_unless_readable(self, reading: _Reading) -> None:
+    def _refuse_unless_readable(self, branch: Branch, ids: list[list[int]]) -> None:
         model = self.runner.decoder.spec
-        length, largest = sum(map(len, reading.ids)), max(max(ids, default=0) for ids in reading.ids)
+        length, largest = sum(map(len, ids)), max(max(step, default=0) for step in ids)
         if length > model.max_positions:
-            problem = shorten(reading.branch.path[0].text, 60, placeholder=" ...")
+            problem = shorten(branch.path[0].text, 60, placeholder=" ...")
             raise EngineError(f"a solution to {problem!r} has come to {length} tokens as the PRM reads it, and the PRM has "
                               f"{model.max_positions} positions: lower max_tokens, or take another PRM")  # fmt: skip
         if largest >= model.vocab_size:
@@ -132,15 +179,15 @@ class Scorer:
                               "belong together")  # fmt: skip
 
     def _plan(self, reading: _Reading, nodes: list[int], runs: dict[int, _Run]) -> int:
-        """Note the runs that this branch adds to the forward; the tokens they hold."""
+        """Note the runs that this path adds to the forward; the tokens they hold."""
         context, before, added = reading.context, 0, 0
-        for node, ids, step in zip(nodes, reading.ids, reading.branch.path, strict=True):
+        for number, node, ids in zip(reading.path, nodes, reading.ids, strict=True):
             start = self.runner.tree.computed(node)
-            unscored = step.parent is not None and step.score is None
+            unscored = number != OPENING and number not in context.scores
             if start == len(ids) and unscored:
                 start += self.spec.read_at  # an equal step was read before: its score is read again, from the marker on
             if start < len(ids) and node not in runs:
-                known = context.opened if step.parent is None else not unscored
+                known = context.opened if number == OPENING else not unscored
                 runs[node] = _Run(context, before, start, ids[start:], known)
                 added += len(ids) - start
             before += len(ids)
@@ -175,21 +222,38 @@ class Scorer:
                 found[node] = next(scores)
         return found
 
-    def _answer(self, reading: _Reading, scores: list[float | None]) -> None:
-        """The branch anew with every step's score; answer the ask when all its branches are there."""
-        context, path = reading.context, reading.branch.path
-        read_so_far, parent, changed = len(reading.ids[0]), path[0], False
-        for step, ids, score in zip(path[1:], reading.ids[1:], scores[1:], strict=True):
-            read_so_far += len(ids)
-            if step.score is None:
+    def _conclude(self, reading: _Reading, scores: list[float | None]) -> None:
+        """Keep the scores of a path that was read, and answer whoever waits for it or for a part of it."""
+        context = reading.context
+        for number, score in zip(reading.path[1:], scores[1:], strict=True):
+            if number not in context.scores:
                 if score is None or not 0.0 <= score <= 1.0:
                     raise EngineError(f"the PRM gave {score} for a step, which is no probability: its weights or dtype are "
                                       "at fault")  # fmt: skip
-                step, changed = replace(step, parent=parent, score=score), True
+                context.scores[number] = score
+        for number in reading.path[1:]:
+            done = context.readings.pop(number, None)
+            if done is not None:
+                self._forget(done)
+                for answer, place, branch in done.waiting:
+                    self._answer(context, answer, place, branch)
+
+    def _forget(self, reading: _Reading) -> None:
+        self._asked.pop(reading, None)
+        self._offered.pop(reading, None)
+
+    def _answer(self, context: ScoreContext, answer: Answer, place: int, branch: Branch) -> None:
+        """Put the branch anew with every step's score."""
+        path = branch.path
+        read_so_far, parent, changed = len(context.opening), path[0], False
+        for step, number in zip(path[1:], context.path(branch)[1:], strict=True):
+            read_so_far += len(self._ids(context, step.text, parent.parent is None))
+            if step.score is None:
+                step, changed = replace(step, parent=parent, score=context.scores[number]), True
                 context.ledger.steps_scored += 1
                 context.ledger.tokens_reread += read_so_far
                 context.scored(step)
             elif changed:
                 step = replace(step, parent=parent)
             parent = step
-        reading.answer.put(reading.place, parent)
+        answer.put(place, parent)

@@ -34,7 +34,7 @@ class BeamSearch:
         survivors = self.n // self.width
         entries, finished = [root] * self.n, list[Branch]()
         while entries:
-            children = yield Expand(entries)
+            children = yield Expand(entries, outlook=self.rules.outlook())
             candidates = yield Score(self.rules.admit(entries, children, self.max_steps))
             live, finished = self.rules.select(candidates, finished, survivors)
             draws = self.n if self.rules.finished == "refill" else self.width * len(live)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..branch import Branch
-from .requests import Expand, Program, Score
+from .requests import Expand, Outlook, Program, Score
 from .rules import PAPER, Rules, check_settings
 
 
@@ -72,5 +72,5 @@ class BestOfN:
         return self.rules.temperature
 
     def program(self, root: Branch) -> Program:
-        trajectories = yield Expand([root] * self.n, to_end=True)
+        trajectories = yield Expand([root] * self.n, to_end=True, outlook=Outlook(scored=lambda step: True))
         return (yield Score(trajectories))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..branch import Branch, Lane, child_identity
-from .requests import Expand, Join, Program, Score
+from .requests import Expand, Join, Outlook, Program, Score
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +29,7 @@ class Ask:
 
     draws: tuple[Draw, ...] = ()
     branches: tuple[Branch, ...] = ()
+    outlook: Outlook | None = None  # of the draws
 
     @property
     def kind(self) -> Literal["expand", "score"]:
@@ -62,6 +63,7 @@ class Driver:
     def __init__(self, program: Program) -> None:
         self._drawn: dict[tuple[int, Lane], int] = {}  # draws taken, by parent and lane
         self._new: list[Ask] = []
+        self._arrived: list[Branch] = []
         self._waiting: dict[Ask, _Run] = {}
         self._open: list[_Run] = []
         self._result: list[Branch] | None = None
@@ -81,6 +83,16 @@ class Driver:
         """What was asked since the last call, in the order asked. Each is answered exactly once."""
         asks, self._new = self._new, []
         return asks
+
+    def arrived(self) -> list[Branch]:
+        """The steps that closed since the last call and will be scored, though their program does not ask yet; in that order."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def close_step(self, ask: Ask, step: Branch) -> None:
+        """Tell of a step that was drawn for `ask`, when it closes: before the answer in which it is, or on the way there."""
+        if ask.outlook is not None and ask.outlook.scored(step):
+            self._arrived.append(step)
 
     def answer(self, ask: Ask, branches: Sequence[Branch]) -> None:
         """Let the program that waits for `ask` go on: one branch per draw, or per branch to be scored, in the same order."""
@@ -102,7 +114,7 @@ class Driver:
         """Abandon the search: close every generator under way, callees first. A finished search is left as it is."""
         for run in reversed(self._open):
             run.program.close()
-        self._open, self._new, self._waiting = [], [], {}
+        self._open, self._new, self._arrived, self._waiting = [], [], [], {}
 
     def _advance(self, run: _Run, value: list[Any] | None) -> None:
         """Resume `run` with `value` and whatever can go on because of it, first sub-program first, until all wait."""
@@ -127,7 +139,8 @@ class Driver:
         if not request.branches:
             return [(run, [])]
         if isinstance(request, Expand):
-            ask = Ask(draws=tuple(self.next_draw(branch, run.lane, request.to_end) for branch in request.branches))
+            draws = tuple(self.next_draw(branch, run.lane, request.to_end) for branch in request.branches)
+            ask = Ask(draws=draws, outlook=request.outlook)
         else:
             ask = Ask(branches=tuple(request.branches))
         self._new.append(ask)
@@ -159,6 +172,9 @@ class Answer:
     driver: Driver
     ask: Ask
     branches: dict[int, Branch] = field(default_factory=dict)  # by place
+
+    def close_step(self, step: Branch) -> None:
+        self.driver.close_step(self.ask, step)
 
     def put(self, place: int, branch: Branch) -> None:
         self.branches[place] = branch

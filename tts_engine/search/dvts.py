@@ -46,7 +46,7 @@ class Dvts:
         best, siblings = root, list[Branch]()
         while not best.finished:
             entries = [best] * self.width
-            children = yield Expand(entries)
+            children = yield Expand(entries, outlook=self.rules.outlook())
             siblings = yield Score(self.rules.admit(entries, children, self.max_steps))
             best = top(siblings, 1, self.rules.selects_by)[0]
         return siblings

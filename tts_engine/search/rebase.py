@@ -42,7 +42,7 @@ class Rebase:
     def program(self, root: Branch) -> Program:
         entries, finished = [root] * self.n, list[Branch]()
         while entries:
-            children = yield Expand(entries)
+            children = yield Expand(entries, outlook=self.rules.outlook())
             candidates = yield Score(self.rules.admit(entries, children, self.max_steps))
             finished += [branch for branch in candidates if branch.finished]
             live = [branch for branch in candidates if not branch.finished]

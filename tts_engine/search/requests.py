@@ -1,9 +1,20 @@
 """What a search method may ask for. A method is a generator of these; it never sees a tensor, a batch or a cache."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from ..branch import Branch
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What becomes of the children of an Expand, as far as that is certain before they are there, so that it can be begun early.
+
+    It decides when things are done, never what comes of them. scored: whether a step, as it closed, will be scored: it, or a
+    sibling with the same text.
+    """
+
+    scored: Callable[[Branch], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +27,7 @@ class Expand:
 
     branches: list[Branch]
     to_end: bool = False
+    outlook: Outlook | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args
 from ..branch import Branch, Finish
 from ..errors import EngineError
 from .ranking import AGGREGATES, rank, top
+from .requests import Outlook
 
 MOST = 1 << 20  # of draws a round and of rounds: beyond is no search but a mistake
 
@@ -78,6 +79,10 @@ class Rules:
                 raise MethodError(f"no rule {setting}={getattr(self, setting)!r}; known: {', '.join(map(str, known))}")
         if not 0 <= self.temperature < float("inf"):
             raise MethodError(f"temperature must be a number of at least 0, not {self.temperature!r}")
+
+    def outlook(self) -> Outlook:
+        """What becomes of a round's children: those that `admit` keeps whatever else is drawn are scored."""
+        return Outlook(scored=lambda child: not (self.drop_truncated and child.finish is Finish.LENGTH))
 
     def admit(self, entries: Sequence[Branch], children: Sequence[Branch], max_steps: int) -> list[Branch]:
         """The candidates of a round: the drawn children (one per entry) without those the rules drop, closed at `max_steps`.
