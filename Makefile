@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip
 
-.PHONY: demo test faults soak bench kernels
+.PHONY: demo test faults soak bench kernels gpu
 
 demo: .venv/.installed
 	.venv/bin/tts-engine demo
@@ -22,6 +22,10 @@ bench: .venv/.installed
 
 kernels: .venv/.installed
 	.venv/bin/python -m tts_kernels.compiled
+
+# With the Python at hand: a bare GPU machine has torch, and no network to install anything from.
+gpu:
+	$(PYTHON) bench/gpu.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else f"tts_engine needs Python 3.11 to 3.13 and $(PYTHON) is {v[0]}.{v[1]}: name another, as in make test PYTHON=python3.12")'

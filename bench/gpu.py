@@ -12,14 +12,16 @@ import json
 import os
 import platform
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,15 +31,16 @@ if __name__ == "__main__":
 
 from bench.device.parts import PARTS  # noqa: E402
 from bench.device.worker import BROKEN  # noqa: E402
+from tts_engine.report.versions import package_version  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 COMMAND = [sys.executable, "-m", "bench.device.worker"]
 BUDGET = 470.0  # seconds for everything
-START = 90.0  # until a process has imported what it needs
+START = 150.0  # until a process has imported what it needs
 GRACE = 10.0  # beyond its own time, for a part that is at its last round
 ASKED = ("name", "driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 PACKAGES = ("torch", "triton", "transformers", "numpy")
-LINES = 12  # of a traceback that are shown at the end; the JSON has all of it
+LINES, SHOWN = 12, 8  # lines of a traceback, and failed checks, that are shown at the end; the JSON has all of them
 
 
 @dataclass
@@ -78,7 +81,7 @@ class Worker:
                     "until": until}  # fmt: skip
         self._log: IO[bytes] = tempfile.TemporaryFile()
         self.process = subprocess.Popen([*COMMAND, json.dumps(settings)], cwd=ROOT, pass_fds=[writes], stdout=self._log,
-                                        stderr=subprocess.STDOUT)  # fmt: skip
+                                        stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
         os.close(writes)
         threading.Thread(target=self._hear, args=(reads, heard), daemon=True).start()
 
@@ -87,6 +90,12 @@ class Worker:
             for line in lines:
                 heard.put((self, json.loads(line)))
         heard.put((self, None))  # it is gone
+
+    def end(self) -> int:
+        """Its exit status; nothing that it has started goes on, nor does itself."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait()
 
     def said(self) -> str:
         """The end of what it wrote to its screen."""
@@ -97,7 +106,7 @@ class Worker:
 def work(groups: Sequence[Mapping[str, float]], report: Report, device: str, sizes: str, directory: Path, deadline: float) -> None:
     """Run groups of parts side by side, the parts of a group one after the other; who is not done in its time is ended."""
     heard: queue.Queue = queue.Queue()
-    limits: dict[Worker, float] = {}
+    limits: dict[Worker, float] = {}  # when each is to be ended; inf once it was
 
     def start(parts: Mapping[str, float]) -> None:
         limits[Worker(parts, device, sizes, directory, deadline - GRACE, heard)] = min(deadline, time.monotonic() + START)
@@ -106,35 +115,36 @@ def work(groups: Sequence[Mapping[str, float]], report: Report, device: str, siz
         if group:
             start(group)
     seconds = {name: limit for group in groups for name, limit in group.items()}
-    while limits:
-        late = [worker for worker, limit in limits.items() if time.monotonic() > limit]
-        for worker in late:
-            worker.process.kill()
-            limits[worker] = float("inf")
-        try:
-            worker, event = heard.get(timeout=0.2)
-        except queue.Empty:
-            continue
-        if event is not None:
-            report.take(event)
-            if event["event"] == "begin":
-                limits[worker] = min(deadline, time.monotonic() + seconds[event["part"]] + GRACE)
-                report.parts[event["part"]] = {"seconds": None, "error": "it did not end", "clocks": [asked()]}
-            elif event["event"] == "end":
-                worker.waiting.remove(event["part"])
-                report.parts[event["part"]]["clocks"].append(asked())
-            continue
-        status = worker.process.wait()
-        killed = limits.pop(worker) == float("inf")
-        if worker.waiting and status != BROKEN:
-            lost = worker.waiting.pop(0)
-            why = "it was ended: out of time" if killed else f"its process ended with status {status}"
-            report.fail(lost, f"{why}\n{worker.said()}")
-        if worker.waiting and time.monotonic() < deadline:
-            start({name: seconds[name] for name in worker.waiting})
-        else:
-            for name in worker.waiting:
-                report.fail(name, "no time was left for it")
+    try:
+        while limits:
+            for worker in [worker for worker, limit in limits.items() if time.monotonic() > limit]:
+                limits[worker] = float("inf")
+                worker.end()
+            try:
+                worker, event = heard.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            if event is not None:
+                report.take(event)
+                if event["event"] == "begin":
+                    limits[worker] = min(deadline, time.monotonic() + seconds[event["part"]] + GRACE)
+                    report.parts[event["part"]] = {"seconds": None, "error": "it did not end", "clocks": [asked()]}
+                elif event["event"] == "end":
+                    worker.waiting.remove(event["part"])
+                    report.parts[event["part"]]["clocks"].append(asked())
+                continue
+            late, status = limits.pop(worker) == float("inf"), worker.end()
+            if worker.waiting and status != BROKEN:
+                why = "it was ended: out of time" if late else f"its process ended with status {status}"
+                report.fail(worker.waiting.pop(0), f"{why}\n{worker.said()}")
+            if worker.waiting and time.monotonic() < deadline:
+                start({name: seconds[name] for name in worker.waiting})
+            else:
+                for name in worker.waiting:
+                    report.fail(name, "no time was left for it")
+    finally:
+        for worker in limits:
+            worker.end()
 
 
 def asked() -> list[str] | None:
@@ -154,7 +164,7 @@ def describe(device: Sequence[str]) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    } | {package: metadata.version(package) for package in PACKAGES}
+    } | {package: package_version(package) for package in PACKAGES}
 
 
 def build() -> float:
@@ -183,7 +193,8 @@ def main(argv: Sequence[str]) -> int:
     report.machine["build_s"] = build()
     names = [name for name in PARTS if name in (chosen or PARTS)]
     with tempfile.TemporaryDirectory() as directory:
-        everything(names, report, "cuda", "full", Path(directory), deadline)
+        seconds = {name: BUDGET if chosen else PARTS[name].seconds for name in names}
+        everything(seconds, report, "cuda", "full", Path(directory), deadline)
     path = RESULTS / f"{device[0].split(' ', 1)[-1].lower().replace(' ', '-')}-{'-'.join(chosen) or 'all'}.json"
     write(report, path)
     show(report)
@@ -191,11 +202,12 @@ def main(argv: Sequence[str]) -> int:
     return 1 if report.failed else 0
 
 
-def everything(names: Sequence[str], report: Report, device: str, sizes: str, directory: Path, deadline: float) -> None:
-    """The checks side by side, then the races in one process."""
-    checks = [{name: PARTS[name].seconds} for name in names if not PARTS[name].timed]
-    work(checks, report, device, sizes, directory, deadline)
-    work([{name: PARTS[name].seconds for name in names if PARTS[name].timed}], report, device, sizes, directory, deadline)
+def everything(seconds: Mapping[str, float], report: Report, device: str, sizes: str, directory: Path, deadline: float) -> None:
+    """The checks side by side, then the races in one process. seconds: by part, what it may take."""
+    checks = [{name: limit} for name, limit in seconds.items() if not PARTS[name].timed]
+    races = {name: limit for name, limit in seconds.items() if PARTS[name].timed}
+    for groups in (checks, [races]):
+        work(groups, report, device, sizes, directory, deadline)
 
 
 def write(report: Report, path: Path) -> None:
@@ -209,7 +221,7 @@ def show(report: Report) -> None:
     """Why parts failed, then one table of all figures and parts."""
     from bench.device.setting import FIGURES
 
-    for check in report.failed_checks:
+    for check in report.failed_checks[:SHOWN]:
         print(f"\nfailed check: {check['part']}, {check['case']}\n{_end(check['error'])}")
     for name in report.failed:
         print(f"\nfailed part: {name}\n{_end(report.parts[name]['error'])}")

@@ -1,9 +1,8 @@
 """Decoding timed: a tick of many branches over the least it could take, whole beam searches over an engine that shares nothing."""
 
-from collections import deque
-from collections.abc import Mapping
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,9 @@ from tts_engine.engine import Engine, make_graphs
 from tts_engine.ledger import PolicyLedger
 from tts_engine.models.decoder import Decoder
 from tts_engine.policy import DrawContext, Limits, Policy
-from tts_engine.prm.scorer import ScoreContext
 from tts_engine.runner import ModelRunner
 from tts_engine.sampling import Sampling, philox_key
-from tts_engine.search import Driver, make_method
-from tts_engine.search.driver import Ask
+from tts_engine.search import Driver, Method, make_method
 from tts_engine.search.requests import Expand
 from tts_engine.tasks.problems import Problem
 
@@ -33,7 +30,6 @@ from .race import copy_bandwidth, race, raced
 from .setting import PAIR_PRM, Bench
 from .trees import beam
 
-TEMPERATURE = 0.7
 OURS, BLIND = "ours", "sharing-blind, PRM re-read"
 
 
@@ -71,14 +67,20 @@ class Standing:
 
         policy, driver = self.engine.policy, Driver(program())
         limits = Limits(max_step_tokens=new, max_tokens=1 << 30, max_positions=1 << 30)
-        context = DrawContext(driver=driver, sampling=Sampling(temperature=TEMPERATURE), key=philox_key(0, "tick"), limits=limits,
-                              max_steps=1 << 20, prompt_tokens=self.prompt_tokens, ledger=PolicyLedger(),
-                              drawn=lambda branch: None)  # fmt: skip
+        method = make_method("majority", n=len(self.branches))
+        context = drawing(driver, "tick", limits, self.prompt_tokens, method, PolicyLedger(), lambda branch: None)
         for ask in driver.asks():
             policy.submit(context, ask)
         while policy.busy:
             policy.tick()
         assert [len(branch.tokens) for branch in driver.result] == [new] * len(self.branches), "a step ended on its own"
+
+
+def drawing(driver: Driver, problem: str, limits: Limits, prompt_tokens: int, method: Method, ledger: PolicyLedger,
+            drawn: Callable[[Branch], None]) -> DrawContext:  # fmt: skip
+    """As an engine draws for one problem."""
+    return DrawContext(driver=driver, sampling=Sampling(temperature=method.temperature), key=philox_key(0, problem), limits=limits,
+                       max_steps=method.max_steps, prompt_tokens=prompt_tokens, ledger=ledger, drawn=drawn)  # fmt: skip
 
 
 def tick(bench: Bench) -> None:
@@ -130,76 +132,78 @@ def products_alone(bench: Bench, decoder: Decoder, rows: int) -> float:
         return race(bench, {"products": once}).seconds["products"]
 
 
-class Rereading:
-    """Stands where an engine's scorer stands, and reads the whole path of every candidate anew. The scores are those given, by
-    identity: random weights give others in every arithmetic, and all contenders are to keep the same branches."""
+class Blind:
+    """Our models, stored prefixes and captured ticks; attention that reads every branch's whole path, and a PRM that keeps nothing.
 
-    def __init__(self, reader: RereadingPRM, scores: Mapping[int, float]) -> None:
-        self.reader, self.scores, self.spec, self.runner = reader, scores, reader.spec, reader.runner
-        self._waiting: deque[tuple[ScoreContext, Ask]] = deque()
+    All draws of a round, then all its scores. The scores are those given, by identity: random weights give others in every
+    arithmetic, and all contenders are to keep the same branches.
+    """
 
-    @property
-    def num_open(self) -> int:
-        return sum(len(ask.branches) for _, ask in self._waiting)
+    def __init__(self, policy: Policy, reader: RereadingPRM) -> None:
+        self.policy, self.reader = policy, reader
 
-    def submit(self, context: ScoreContext, ask: Ask) -> None:
-        self._waiting.append((context, ask))
-
-    def abandon(self, context: ScoreContext) -> None:
-        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not context)
-
-    def tick(self) -> None:
-        (context, ask), spent = self._waiting.popleft(), Spent()
-        read = self.reader.read(ask.branches, spent)
-        scored = [lockstep.scored(branch, own, self.scores, spent) for branch, own in zip(ask.branches, read, strict=True)]
-        for branch in scored:
-            context.scored(branch)
-        context.ledger.steps_scored += spent.steps_scored
-        context.ledger.tokens_computed += spent.prm_tokens
-        context.driver.answer(ask, scored)
+    def search(self, task: Task) -> Spent:
+        policy, spent, driver = self.policy, Spent(), Driver(task.method.program(root_branch(task.prompt, task.problem.problem)))
+        ledger = PolicyLedger()
+        policy.runner.tree.evict_all()
+        context = drawing(driver, task.problem.id, task.limits, len(task.prompt), task.method, ledger, spent.nodes.append)
+        while not driver.done:
+            asks, began = driver.asks(), time.perf_counter()
+            for ask in asks:
+                if ask.draws:
+                    policy.submit(context, ask)
+            while policy.busy:
+                policy.tick()
+            drew = time.perf_counter()
+            for ask in asks:
+                if ask.branches:
+                    read = self.reader.read(ask.branches, spent)
+                    scored = zip(ask.branches, read, strict=True)
+                    driver.answer(ask, [lockstep.scored(branch, own, task.scores, spent) for branch, own in scored])
+            spent.policy_seconds += drew - began
+            spent.prm_seconds += time.perf_counter() - drew
+        spent.tokens_drawn, spent.policy_tokens = ledger.tokens_generated, ledger.tokens_computed
+        return spent
 
 
 def search(bench: Bench) -> None:
-    """Beam search, drawn lengths: the same draws and steps for both, which is asserted before anything is told.
-
-    The other engine has everything of ours, stored prefixes and captured ticks too, but attention that reads every branch's whole
-    path, and a PRM that keeps nothing.
-    """
+    """Beam search, drawn lengths: the same steps for both, which is asserted before anything is told."""
     sizes = bench.sizes
     n, depth, step = sizes.search
     policy, prm = bench.model("policy", sizes.policy), bench.model("prm-pair", sizes.prm, PAIR_PRM)
     tokens = 2048 + n * depth * (2 * step + 16)
     kv_bytes = tokens * sum(_token_bytes(config, sizes.dtype) for config in (sizes.policy, sizes.prm))
-    limits = {"max_step_tokens": 2 * step, "max_tokens": depth * 2 * step}
-    with load(bench, policy, prm, dtype=NAMES[sizes.dtype], steps=str(step), kv_bytes=kv_bytes, max_rows=n, **limits) as engine:
+    cut = {"max_step_tokens": 2 * step, "max_tokens": depth * 2 * step}
+    with load(bench, policy, prm, dtype=NAMES[sizes.dtype], steps=str(step), kv_bytes=kv_bytes, max_rows=n, **cut) as engine:
         assert engine.scorer is not None
-        problem, method = Problem(id="bench", problem=text_of(148), answer=None), make_method("beam", n=n, max_steps=depth)
-        task = Task(method=method, problem=problem, prompt=[], rule=engine.policy.rule, limits=Limits(**limits, max_positions=0))
+        rule, positions = engine.policy.rule, engine.policy.runner.decoder.spec.max_positions
+        task = Task(method=make_method("beam", n=n, max_steps=depth), rule=rule, limits=Limits(**cut, max_positions=positions),
+                    problem=Problem(id="bench", problem=text_of(148), answer=None), prompt=[])  # fmt: skip
         ours = Ours(engine)
         result, spent = ours.search(task)
         scores = {node.identity: node.score for node in result.nodes if node.score is not None}
+        same = replace(task, prompt=list(result.nodes[0].path[0].tokens), scores=scores)
         backend = "triton_blind" if bench.on_gpu else "per_branch"
         rooms = (tokens, 2 * max(4096, depth * (2 * step + 32)))
         runners = [ModelRunner(own.decoder, make_backend(backend, bench.device), num_blocks=-(-room // 16), block_size=16)
                    for own, room in zip(engine.runners, rooms, strict=True)]  # fmt: skip
-        rule, reader = engine.policy.rule, RereadingPRM(runners[1], engine.scorer)
         writer = Policy(runners[0], rule, max_rows=n, graphs=make_graphs(runners[0], rule))
-        scorer: Any = Rereading(reader, scores)
-        blind = Ours(Engine(engine.config, writer, scorer, engine.tokenizer, engine.grader))
-        taken: dict[str, Spent] = {}
+        blind, taken = Blind(writer, RereadingPRM(runners[1], engine.scorer)), dict[str, Spent]()
 
-        def run(name: str, who: Ours, task: Task) -> None:
-            _, taken[name] = who.search(task)
+        def run_ours() -> None:
+            taken[OURS] = ours.search(task)[1]
 
-        run(BLIND, blind, replace(task, method=make_method("beam", n=4, max_steps=1)))  # a rehearsal
-        runs = {OURS: partial(run, OURS, ours, task), BLIND: partial(run, BLIND, blind, task)}
-        times = raced(bench, runs, slow=True)
+        def run_blind() -> None:
+            taken[BLIND] = blind.search(same)
+
+        blind.search(replace(same, method=make_method("beam", n=4, max_steps=1), scores=None))  # a rehearsal
+        times = raced(bench, {OURS: run_ours, BLIND: run_blind}, slow=True)
         case = f"beam, n={n}, {depth} steps of {step}"
         for name, seconds in times.seconds.items():
             done = taken[name]
             assert {node.identity for node in done.nodes} == {node.identity for node in spent.nodes}, f"{name} drew other steps"
-            assert done.tokens_drawn == spent.tokens_drawn and done.steps_scored == spent.steps_scored
+            assert done.tokens_drawn == spent.tokens_drawn, f"{name} drew other tokens"
             bench.row(case, contender=name, seconds=seconds, policy_s=done.policy_seconds, prm_s=done.prm_seconds,
-                      policy_tokens=done.policy_tokens, prm_tokens=done.prm_tokens, policy_kv_mb=done.policy_kv_bytes / 1e6,
-                      prm_kv_mb=done.prm_kv_bytes / 1e6, noise=times.noise, rounds=times.rounds)  # fmt: skip
+                      policy_tokens=done.policy_tokens, prm_tokens=done.prm_tokens, noise=times.noise,
+                      rounds=times.rounds)  # fmt: skip
         bench.figure("search", case, times.ratio(BLIND), noise=times.noise, rounds=times.rounds)

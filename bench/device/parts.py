@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Part:
     run: str  # "file of this room:function"; a part whose file cannot be imported fails alone
     given: tuple[str, ...] = ()  # to the function, behind the bench
-    seconds: float  # it may take
+    seconds: float  # it may take where all of them run; chosen ones have what time there is
     timed: bool  # has the machine to itself; the others run side by side
 
 
@@ -23,7 +23,8 @@ PARTS = {
     "ticks": Part(run="models:ticks", seconds=100, timed=False),
     "demo": Part(run="models:demo", seconds=100, timed=False),
     "eval": Part(run="models:evaluation", seconds=120, timed=False),
-    "sanitizer": Part(run="sanitizer:sanitizer", seconds=120, timed=False),
+    "memcheck": Part(run="sanitizer:sanitizer", given=("memcheck",), seconds=120, timed=False),
+    "racecheck": Part(run="sanitizer:sanitizer", given=("racecheck",), seconds=120, timed=False),
     "attention": Part(run="attention:attention", seconds=60, timed=True),
     "levels": Part(run="attention:levels", seconds=30, timed=True),
     "tick": Part(run="decode:tick", seconds=45, timed=True),

@@ -11,19 +11,18 @@ from pathlib import Path
 from .setting import Bench
 from .worker import ROOT
 
-TOOLS = ("memcheck", "racecheck")
 PARTS_CHECKED = ("kernels", "tiles-bf16")
 FOUND = 9  # exit status of the tool where it found something
 PLACES = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
 
-def sanitizer(bench: Bench) -> None:
+def sanitizer(bench: Bench, name: str) -> None:
+    """One of its tools: memcheck, racecheck."""
     tool = next(filter(None, map(shutil.which, PLACES)), None)
     if tool is None:
-        bench.row("compute-sanitizer", missing="it is not on the PATH")
+        bench.row(name, missing="compute-sanitizer is not on the PATH")
         return
-    for name in TOOLS:
-        bench.check(name, partial(_clean, bench, tool, name))
+    bench.check(name, partial(_clean, bench, tool, name))
     bench.settle()
 
 
