@@ -410,9 +410,9 @@ def test_the_default_settings_are_valid_and_frozen():
     config = EngineConfig()
     assert config.dtype == "float32" and EngineConfig(device="cuda:1").dtype == "bfloat16"
     assert EngineConfig(device="cuda", dtype="fp8").dtype == "fp8" and EngineConfig(dtype="int8").dtype == "int8"
-    assert config.attention == EngineConfig(deterministic=True).attention == "native"
-    assert EngineConfig(device="cuda").attention == "per_branch"
-    assert EngineConfig(device="cuda", deterministic=True).attention == "reference"
+    for deterministic in (False, True):
+        assert EngineConfig(deterministic=deterministic).attention == "native"
+        assert EngineConfig(device="cuda", deterministic=deterministic).attention == "triton_tree"
     with pytest.raises(AttributeError):
         config.dtype = "bfloat16"
 

@@ -90,7 +90,7 @@ ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
         "float32, bfloat16, or 8-bit products: int8 on a CPU, fp8 on a GPU (default: float32 on a CPU, bfloat16 on a GPU)",
     ),
     ("device", str, "cpu or cuda (default cpu)"),
-    ("backend", str, "attention: native, per_branch, reference; on a GPU triton_tree, triton_blind too (default: native on a CPU)"),
+    ("backend", str, "attention: native, per_branch, reference; on a GPU triton_tree, triton_blind too (default: native, there triton_tree)"),
     ("kv_bytes", size, "keys and values of both models, in bytes; 512M, 4G (default 512M)"),
     ("block_size", whole, f"tokens a KV block (default 16; {BLOCK_SIZE} for the models that ship)"),
     ("max_rows", whole, "draws decoded side by side (default 512)"),

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -60,7 +61,7 @@ class EngineConfig:
     load: str = "weights"
     dtype: str = None  # type: ignore[assignment]  # always a name once made
     device: str = "cpu"
-    backend: str | None = None  # None: "native" on a CPU; elsewhere "per_branch", or "reference" when deterministic
+    backend: str | None = None  # None: "native" on a CPU, "triton_tree" elsewhere
     kv_bytes: int = 512 << 20
     block_size: int = 16
     max_rows: int = 512
@@ -85,6 +86,8 @@ class EngineConfig:
         if ONLY_ON.get(self.dtype, kind) != kind:
             on, instead = ("CPU", "bfloat16 or fp8") if kind == "cuda" else ("GPU", "bfloat16 or int8")
             raise EngineError(f"dtype {self.dtype} runs on a {on} only, not on {self.device}: use {instead}")
+        if kind != "cpu" and find_spec("triton") is None:
+            raise EngineError(f"device {self.device} needs Triton: pip install 'tts-engine[gpu]'")
         check_mode(self.steps)
         for name in ("kv_bytes", "block_size", "max_rows", "max_step_tokens", "max_tokens"):
             if getattr(self, name) < 1:
@@ -95,9 +98,7 @@ class EngineConfig:
 
     @property
     def attention(self) -> str:
-        if self.backend is not None or self.device == "cpu":
-            return self.backend or "native"
-        return "reference" if self.deterministic else "per_branch"
+        return self.backend or ("native" if self.device == "cpu" else "triton_tree")
 
 
 @dataclass(frozen=True, slots=True)
