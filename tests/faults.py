@@ -107,6 +107,15 @@ FAULTS = [
     Fault("a label that forgives", "tts_engine/tasks/programs.py",
           "labels.append(False)  # what is stated stays stated: hope never comes back", "labels.append(True)",
           "tests/tasks/test_programs.py"),
+    Fault("what a step's twin had computed taken for new", "tts_engine/policy.py",
+          "step.computed = max(step.computed, step.written)", "step.computed = step.written",
+          "tests/test_ledger.py::test_what_a_policy_executed_had_to_be_or_was_wasted_for_a_reason"),
+    Fault("rows that fill a batch up left out of its cost", "tts_engine/runner.py",
+          "return self._token_flops * beside + (self._read_flops + head_flops) * beside_reads", "return 0",
+          "tests/test_ledger.py::test_rows_beside_those_asked_for_are_padding"),
+    Fault("a step that is drawn twice useful twice", "tts_engine/ledger.py",
+          "count, seen = (step.draws - 1) * step.written,", "count, seen = 0 * step.written,",
+          "tests/test_ledger.py::test_two_trajectories_share_the_prompt_and_the_logits_behind_it"),
 ]  # fmt: skip
 
 

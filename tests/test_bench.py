@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from tts_engine import bench, cli
-from tts_engine.bench import Case, Held, Measured, cross, make_problems, measure, run_case, widest_round
-from tts_engine.branch import Branch, child_identity, root_branch
+from tts_engine.bench import Case, Measured, cross, make_problems, measure, run_case
+from tts_engine.branch import child_identity
 from tts_engine.engine import DTYPES, Engine, EngineConfig
 from tts_engine.errors import EngineError
 from tts_engine.ledger import Ledger, PolicyLedger, PRMLedger
@@ -68,26 +68,32 @@ def ticking(*seconds):
 
 
 def test_rates_shares_and_medians_of_a_case(case):
-    ledger = Ledger(policy=PolicyLedger(tokens_generated=600, linear_flops=3_000, attention_flops=7_000, head_flops=1_000),
-                    prm=PRMLedger(tokens_computed=900, linear_flops=5_000, attention_flops=3_000, head_flops=1_000))  # fmt: skip
-    out = Measured(case=case("beam", n=4), ledger=ledger, seconds=(5.0, 1.0, 2.0), ceiling=10_000.0, kv_distinct=3, kv_logical=9,
-                   peak_rss=1)  # fmt: skip
+    ledger = Ledger(policy=PolicyLedger(tokens_generated=600, linear_flops=3_000, attention_flops=7_000, head_flops=1_000,
+                                        duplicate_flops=500, ideal_flops=10_500, kv_distinct_bytes=3, kv_logical_bytes=9),
+                    prm=PRMLedger(tokens_computed=900, linear_flops=5_000, attention_flops=3_000, head_flops=1_000,
+                                  rereading_flops=1_500, kv_distinct_bytes=1, kv_logical_bytes=2))  # fmt: skip
+    out = Measured(case=case("beam", n=4), ledger=ledger, seconds=(5.0, 1.0, 2.0), ceiling=10_000.0, copy_ceiling=5_000.0,
+                   bytes_read=4_000, joules=None, peak_rss=1)  # fmt: skip
     assert (out.median, out.problems_per_s, out.policy_tokens_per_s, out.prm_tokens_per_s) == (2.0, 1.0, 300.0, 450.0)
     assert out.mfu == pytest.approx((3_000 + 1_000 + 5_000 + 1_000) / (2.0 * 10_000))  # attention is left out
+    assert out.mbu == pytest.approx(4_000 / (2.0 * 5_000))
     assert out.tokens_per_pflop == pytest.approx(600 / (20_000 / 1e15))
     told = out.as_dict()
     assert (told["seconds"], told["seconds_min"], told["seconds_max"], told["repeats"]) == (2.0, 1.0, 5.0, 3)
     assert (told["policy_flops"], told["prm_flops"]) == (11_000, 9_000)
+    assert told["useful"] == pytest.approx(18_000 / 20_000)
+    assert (told["wasted_duplicates"], told["wasted_rereading"], told["wasted_padding"]) == pytest.approx((0.025, 0.075, 0))
+    assert (told["kv_distinct_bytes"], told["kv_logical_bytes"]) == (4, 11)
 
 
 def test_time_is_that_of_the_repeats_and_not_of_the_warm_up(engine, case):
-    out = run_case(engine, case("majority", n=1, max_steps=1), 1.0, repeats=3, clock=ticking(100.0, 4.0, 2.0, 3.0))
+    out = run_case(engine, case("majority", n=1, max_steps=1), 1.0, 1.0, repeats=3, clock=ticking(100.0, 4.0, 2.0, 3.0))
     assert out.seconds == pytest.approx((4.0, 2.0, 3.0)) and out.median == pytest.approx(3.0)
 
 
 def test_every_repeat_pays_its_own_way(engine, case):
     """Had it found the prompts of the one before, it would have read them no more."""
-    out = run_case(engine, case("best_of_n", n=2, max_steps=3), 1.0, repeats=2)
+    out = run_case(engine, case("best_of_n", n=2, max_steps=3), 1.0, 1.0, repeats=2)
     # Of a step of one token nothing is computed while it is drawn, and the last one of a solution never.
     assert out.ledger.policy.tokens_computed == 2 * (PROMPT + 2 * 2)
     assert out.ledger.prm.tokens_reread > out.ledger.prm.tokens_computed > 0
@@ -104,7 +110,7 @@ def test_the_tokens_drawn_are_the_lengths_that_were_drawn(engine, case, step_tok
             for number_of_draw in numbers:
                 identity = child_identity(identity, (), number_of_draw)
                 expected += rule.start(identity, philox_key(5, f"bench-{number}")) - CLOSED
-    out = run_case(engine, given, 1.0, repeats=1)
+    out = run_case(engine, given, 1.0, 1.0, repeats=1)
     assert out.ledger.policy.tokens_generated == expected
     assert (step_tokens != 1) or expected == 2 * 3 * 4
 
@@ -122,7 +128,7 @@ def test_the_tokens_drawn_are_the_lengths_that_were_drawn(engine, case, step_tok
 )
 def test_keys_and_values_held_once_and_by_every_branch_for_itself(engine, case, name, settings, distinct, logical):
     given = case(name, **settings)
-    out = run_case(engine, given, 1.0, repeats=1)
+    out = run_case(engine, given, 1.0, 1.0, repeats=1)
     tokens = {"distinct": PROMPT + distinct, "logical": sum(PROMPT + path for path in logical)}
     if given.method.uses_prm:
         tokens["distinct"] += PRM_PROMPT + PRM_STEP * distinct
@@ -131,36 +137,12 @@ def test_keys_and_values_held_once_and_by_every_branch_for_itself(engine, case, 
     assert out.kv_logical == given.problems * KV_BYTES * tokens["logical"]
 
 
-def tree(*paths):
-    """A node for every path of step lengths: tree((3,), (3, 4)) is a step of 3 and one of 4 behind it. All tokens are alike."""
-    nodes, by_path = [], {(): root_branch((0,) * 10)}
-    for number, path in enumerate(paths):
-        nodes.append(Branch(by_path[path[:-1]], (0,) * path[-1], "", number + 1))
-        by_path[path] = nodes[-1]
-    return nodes
-
-
-@pytest.mark.parametrize(
-    ("nodes", "held"),
-    [
-        ([], Held(distinct=10, logical=10)),
-        (tree((5,)), Held(distinct=15, logical=15)),
-        (tree((5,), (6,)), Held(distinct=21, logical=31)),
-        (tree((5,), (6,), (5, 1), (5, 2)), Held(distinct=21, logical=31)),  # the first round held more
-        (tree((5,), (6,), (5, 4), (5, 7)), Held(distinct=26, logical=41)),
-        (tree((5,), (6,), (5, 4), (6, 7)), Held(distinct=32, logical=42)),
-        (tree((1,), (1, 2), (1, 2, 3)), Held(distinct=16, logical=16)),
-        (tree((5,), (5,), (5, 2), (5, 2), (5, 3)), Held(distinct=20, logical=52)),  # equal siblings are held once
-    ],
-)
-def test_the_widest_round_of_a_tree(nodes, held):
-    assert widest_round(10, nodes, lambda step: step.tokens) == held
-
-
 def test_a_ceiling_is_the_fastest_product_but_the_first(monkeypatch):
     monkeypatch.setattr(bench, "SIDE", {"cpu": 8})
     monkeypatch.setattr(bench, "ROUNDS", 3)
+    monkeypatch.setattr(bench, "COPIED", {"cpu": 100})
     assert bench.gemm_ceiling("float32", clock=ticking(1.0, 5.0, 2.0, 3.0)) == pytest.approx(2 * 8**3 / 2.0)
+    assert bench.copy_ceiling(clock=ticking(1.0, 5.0, 2.0, 3.0)) == pytest.approx(2 * 100 / 2.0)
 
 
 def test_every_dtype_of_an_engine_has_its_product():
@@ -254,7 +236,8 @@ def test_a_combination_without_sense_is_refused(changes, words):
 )
 def test_what_could_not_run_is_refused_before_anything_is_loaded(case, models, monkeypatch, changes, words):
     monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(bench, "gemm_ceiling", lambda *_: pytest.fail("something was timed"))
+    for ceiling in ("gemm_ceiling", "copy_ceiling"):
+        monkeypatch.setattr(bench, ceiling, lambda *_: pytest.fail("something was timed"))
     sound = case("beam", n=4, max_steps=5)
     changes = {name: models / value if value in ("policy", "prm") else value for name, value in changes.items()}
     with pytest.raises(EngineError, match=words):
@@ -274,13 +257,14 @@ def test_a_case_at_the_edge_of_positions_and_pool_is_let_through_and_runs(models
         with pytest.raises(EngineError):
             bench.check([replace(edge, **beyond)])
     with Engine.from_pretrained(edge.policy, edge.prm, **asdict(edge.engine_config)) as engine:
-        out = run_case(engine, edge, 1.0, repeats=1)
+        out = run_case(engine, edge, 1.0, 1.0, repeats=1)
     assert out.ledger.policy.tokens_generated >= 8 * (step_tokens - step_tokens // 2)
 
 
 def test_models_are_loaded_once_for_all_that_share_them(models, monkeypatch):
     loaded, load = [], Engine.from_pretrained
     monkeypatch.setattr(bench, "gemm_ceiling", lambda *key: loaded.append(key) or 1.0)
+    monkeypatch.setattr(bench, "copy_ceiling", lambda _: 1.0)
 
     def watched(policy, prm=None, **settings):
         loaded.append((policy.name, prm and prm.name, settings["dtype"]))
@@ -310,7 +294,8 @@ def test_models_are_loaded_once_for_all_that_share_them(models, monkeypatch):
 @pytest.fixture
 def run(capsys, models, monkeypatch):
     """argv -> (exit code, standard output, standard error), with everything small and a ceiling that costs nothing."""
-    monkeypatch.setattr(bench, "gemm_ceiling", lambda *_: 1e9)
+    for ceiling in ("gemm_ceiling", "copy_ceiling"):
+        monkeypatch.setattr(bench, ceiling, lambda *_: 1e9)
     small = ["--problems", 1, "--prompt-tokens", PROMPT, "--step-tokens", 2, "--depth", 2, "--kv-bytes", "4M", "--repeats", 2]
 
     def call(*argv, given=True):
@@ -415,12 +400,16 @@ def test_a_bench_of_what_ships_fits_its_models(monkeypatch):
     assert (case.method.name, case.method.n, case.config.block_size, case.problems) == ("beam", 16, 8, 4)
 
 
-@pytest.mark.parametrize(("width", "num_tables"), [(132, 1), (80, 2), (34, 6)])
-def test_every_figure_is_shown_on_a_narrow_page_too(case, width, num_tables):
-    ledger = Ledger(policy=PolicyLedger(tokens_generated=123_456, linear_flops=10**13), prm=PRMLedger(linear_flops=10**13))
+@pytest.mark.parametrize(("width", "num_tables", "joules"), [(132, 1, None), (132, 2, 77.5), (80, 2, None), (34, 7, 77.5)])
+def test_every_figure_is_shown_on_a_narrow_page_too(case, width, num_tables, joules):
+    ledger = Ledger(
+        policy=PolicyLedger(tokens_generated=123_456, linear_flops=10**13, ideal_flops=10**13, kv_distinct_bytes=10**9,
+                            kv_logical_bytes=12 * 10**9),
+        prm=PRMLedger(linear_flops=10**13, recompute_flops=10**12),
+    )  # fmt: skip
     rows = [
-        Measured(case=case("beam", n=n), ledger=ledger, seconds=(12.34, 12.3, 12.5), ceiling=1e12, kv_distinct=10**9,
-                 kv_logical=12 * 10**9, peak_rss=345 * 10**6).as_dict()
+        Measured(case=case("beam", n=n), ledger=ledger, seconds=(12.34, 12.3, 12.5), ceiling=1e12, copy_ceiling=1e10,
+                 bytes_read=10**9, joules=joules, peak_rss=345 * 10**6).as_dict()
         for n in (64, 256)
     ]  # fmt: skip
     screen = Console(file=io.StringIO(), width=width)
@@ -428,5 +417,6 @@ def test_every_figure_is_shown_on_a_narrow_page_too(case, width, num_tables):
     text = screen.file.getvalue()
     assert "\u2026" not in text and max(map(len, text.splitlines())) <= width
     assert text.count("256") == text.count("method") == num_tables
-    assert all(part in text for part in ("10000", "6.17 M", "162", "1000", "12000", "345", "12.3"))
+    assert all(part in text for part in ("10000", "6.17 M", "162", "1000", "12000", "345", "12.3", "95", "0.81"))
+    assert ("joules" in text) == ("77.5" in text) == (joules is not None)
     assert rows[0]["threads"] == torch.get_num_threads()

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tts_engine.attention import make_backend
 from tts_engine.errors import OutOfBlocks
 from tts_engine.kv.tree import NO_NODE, blocks_needed
-from tts_engine.ledger import ModelLedger
+from tts_engine.ledger import ModelLedger, Work
 from tts_engine.models.weights import load_decoder
-from tts_engine.runner import ModelRunner, Segments, pairs
+from tts_engine.runner import ModelRunner, Segments
 from tts_engine.testing import ChainDecoder, check_blocks, random_policy_directory, tiny_spec
 
 
@@ -84,20 +84,17 @@ def test_an_evicted_path_comes_back_uncomputed():
     assert [out.tree.computed(node) for node in again] == [0, 0]
 
 
-@pytest.mark.parametrize(("start", "count"), [(0, 1), (0, 7), (5, 1), (123, 4)])
-def test_pairs_are_those_of_a_causal_mask(start, count):
-    assert pairs(start, count) == sum(k <= q for q in range(start, start + count) for k in range(start + count))
-
-
 def test_flops_of_a_run_are_two_a_weight_and_four_a_pair_and_head_unit():
     """And for a token that is not read, the last layer's are those of its key and value."""
     ledger, keys_and_values = ModelLedger(), 8 * 2 * 4  # two heads of 4
     layer = 8 * 8 + keys_and_values + 8 * 8 + 3 * 8 * 10  # queries, out, gate, up and down
-    runner().charge(ledger, tokens=5, context_pairs=15)
+    runner().charge(ledger, Work(tokens=5, pairs=15), head_flops=0)
     assert (ledger.linear_flops, ledger.attention_flops) == (5 * 2 * (2 * layer + keys_and_values), 15 * 4 * 8 * 2)
-    runner().charge_reads(ledger, tokens=5, context_pairs=15)
+    runner().charge(ledger, Work(reads=5, read_pairs=15), head_flops=0)
     assert (ledger.tokens_computed, ledger.linear_flops, ledger.attention_flops) == (5, 5 * 2 * 3 * layer, 15 * 4 * 8 * 3)
-    assert ledger.flops == ledger.linear_flops + ledger.attention_flops
+    runner().charge(ledger, Work(reads=2), head_flops=1000)
+    assert ledger.head_flops == 2 * 1000
+    assert ledger.flops == ledger.linear_flops + ledger.attention_flops + ledger.head_flops
 
 
 @settings(max_examples=60, deadline=None)

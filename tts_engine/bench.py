@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .branch import Branch
 from .engine import DTYPES, Engine, EngineConfig
 from .errors import EngineError, OutOfBlocks
 from .kv.tree import blocks_needed
@@ -30,8 +29,7 @@ from .models.tokenizer import chat_template, encode_prompt, load_tokenizer
 from .models.weights import SOURCES, Checkpoint, resolve_checkpoint
 from .policy import Policy
 from .prm.families import FAMILIES, recognise, refuse_as_policy
-from .prm.scorer import Scorer
-from .prm.spec import PRMSpec
+from .report.energy import joules
 from .results import SearchResult
 from .search import METHODS, PRESETS, Method, make_method
 from .steps import DrawnLengths, check_mode
@@ -195,53 +193,21 @@ def _refuse_unless_placed(case: Case, model: Checkpoint, before: int, tokens: in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """Tokens whose keys and values a model held for the branches of one round, all of them at the end of their newest step, in the
-    round where these were most: `distinct`, each token once; `logical`, had every branch its whole path to itself."""
-
-    distinct: int
-    logical: int
-
-
-def widest_round(before: int, nodes: Iterable[Branch], tokens: Callable[[Branch], Sequence[int]]) -> Held:
-    """What a search held: `before` tokens of prompt, `nodes` all steps that were drawn, `tokens` what one of them is to the model.
-
-    Round r is the r-th step of every path. Siblings with equal tokens are held once. Blocks that a step does not fill, and steps
-    of pruned branches that were not evicted yet, are left out.
-    """
-    of_step: dict[int, tuple[int, ...]] = {}  # by identity
-    numbers: dict[tuple[int, tuple[int, ...]], int] = {}  # (the node above, tokens) -> a node of the tree
-    sizes: dict[int, dict[int, int]] = {}  # by round: its nodes and those above them, and how many tokens each is
-    logical: dict[int, int] = {}
-    for branch in nodes:
-        path, node, length = branch.steps, -1, before
-        held = sizes.setdefault(len(path), {})
-        for step in path:
-            if step.identity not in of_step:
-                of_step[step.identity] = tuple(tokens(step))
-            own = of_step[step.identity]
-            node = numbers.setdefault((node, own), len(numbers))
-            held[node] = len(own)
-            length += len(own)
-        logical[len(path)] = logical.get(len(path), 0) + length
-    rounds = [Held(distinct=before + sum(sizes[r].values()), logical=logical[r]) for r in sizes]
-    return max(rounds, key=lambda held: held.distinct, default=Held(distinct=before, logical=before))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """A case and what it took: `ledger` of all its problems once, `seconds` of each repeat.
 
-    ceiling: FLOP/s of matrix products in the case's dtype, see `gemm_ceiling`. kv_distinct, kv_logical: bytes, of all problems and
-    both models together, see `Held`. peak_rss: bytes of memory that the process has had at most, up to now.
+    ceiling: FLOP/s of matrix products in the case's dtype, see `gemm_ceiling`; copy_ceiling: bytes/s, see there. bytes_read: what
+    one repeat had to read, see `least_bytes`. joules: of one repeat; None where nobody counts them. peak_rss: bytes of memory that
+    the process has had at most, up to now.
     """
 
     case: Case
     ledger: Ledger
     seconds: tuple[float, ...]
     ceiling: float
-    kv_distinct: int
-    kv_logical: int
+    copy_ceiling: float
+    bytes_read: int
+    joules: float | None
     peak_rss: int
 
     @property
@@ -271,13 +237,30 @@ class Measured:
         return linear / self.median / self.ceiling
 
     @property
+    def mbu(self) -> float:
+        """The bytes that both models' forwards had to read, as a share of what copying memory would have moved in that time. More
+        than 1 where weights stay in a processor's caches from one forward to the next."""
+        return self.bytes_read / self.median / self.copy_ceiling
+
+    @property
+    def kv_distinct(self) -> int:
+        """Bytes of keys and values, of all problems and both models together, see ledger.Held; so is kv_logical."""
+        return self.ledger.policy.kv_distinct_bytes + self.ledger.prm.kv_distinct_bytes
+
+    @property
+    def kv_logical(self) -> int:
+        return self.ledger.policy.kv_logical_bytes + self.ledger.prm.kv_logical_bytes
+
+    @property
     def tokens_per_pflop(self) -> float:
         """Tokens drawn for every 10^15 FLOPs executed, by both models and for everything the ledger counts."""
         return self.ledger.policy.tokens_generated / (self.ledger.flops / PETA)
 
     def as_dict(self) -> dict[str, Any]:
         """Flat and plain, for JSON and CSV."""
-        policy, prm = self.ledger.policy, self.ledger.prm
+        policy, prm, useful = self.ledger.policy, self.ledger.prm, self.ledger.useful
+        phases = asdict(self.ledger.phases)
+        wasted = {f"wasted_{reason}": share for reason, share in self.ledger.wasted.items()}
         return self.case.settings() | {
             "threads": torch.get_num_threads(),
             "repeats": len(self.seconds),
@@ -285,16 +268,23 @@ class Measured:
             "seconds_min": min(self.seconds),
             "seconds_max": max(self.seconds),
             "problems_per_s": self.problems_per_s,
+            **{f"seconds_{phase}": seconds for phase, seconds in phases.items()},
             "policy_tokens": policy.tokens_generated,
+            "accepted_tokens": policy.tokens_accepted,
             "policy_tokens_per_s": self.policy_tokens_per_s,
             "policy_flops": policy.flops,
             "prm_tokens": prm.tokens_computed,
             "prm_tokens_per_s": self.prm_tokens_per_s,
             "prm_flops": prm.flops,
             "recomputed_tokens": policy.tokens_recomputed + prm.tokens_recomputed,
+            "useful": useful,
+            **wasted,
             "mfu": self.mfu,
             "gemm_flops_per_s": self.ceiling,
             "gemm_side": gemm_side(self.case.config.device),
+            "mbu": self.mbu,
+            "copy_bytes_per_s": self.copy_ceiling,
+            "joules": self.joules,
             "tokens_per_pflop": self.tokens_per_pflop,
             "kv_distinct_bytes": self.kv_distinct,
             "kv_logical_bytes": self.kv_logical,
@@ -302,7 +292,7 @@ class Measured:
         }
 
 
-def run_case(engine: Engine, case: Case, ceiling: float, *, repeats: int = REPEATS,
+def run_case(engine: Engine, case: Case, ceiling: float, copy_ceiling: float, *, repeats: int = REPEATS,
              clock: Callable[[], float] = time.perf_counter) -> Measured:  # fmt: skip
     """Search the case's problems once to warm up and `repeats` times to be timed, with no KV left from the time before.
 
@@ -313,40 +303,42 @@ def run_case(engine: Engine, case: Case, ceiling: float, *, repeats: int = REPEA
     policy = Policy(engine.policy.runner, rule, max_rows=config.max_rows)
     fitted = Engine(config, policy, engine.scorer, engine.tokenizer, engine.grader)
     problems = make_problems(case, engine.tokenizer)
-    seconds, results = [], list[SearchResult]()
+    seconds, results, meters = [], list[SearchResult](), list[tuple[int, float | None]]()  # what was read, and taken, before each
     for _ in range(1 + repeats):
         fitted.forget()
+        meters.append((least_bytes(engine), joules(config.device)))
         began = clock()
         results = fitted.search(problems, case.method, seed=case.seed)
         seconds.append(clock() - began)
     ledger = Ledger.empty()
     for result in results:
         ledger.add(result.ledger)
-    held = [(_bytes_per_token(engine.policy), _of_policy(result)) for result in results]
-    if case.method.uses_prm and engine.scorer is not None:
-        held += [(_bytes_per_token(engine.scorer), _of_prm(result, engine.scorer.spec)) for result in results]
+    (read, before), after = meters[1], joules(config.device)
     return Measured(
         case=case,
         ledger=ledger,
         seconds=tuple(seconds[1:]),
         ceiling=ceiling,
-        kv_distinct=sum(size * one.distinct for size, one in held),
-        kv_logical=sum(size * one.logical for size, one in held),
+        copy_ceiling=copy_ceiling,
+        bytes_read=(least_bytes(engine) - read) // repeats,
+        joules=None if before is None or after is None else (after - before) / repeats,
         peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 
 
-def _bytes_per_token(model: Policy | Scorer) -> int:
-    return model.runner.block_bytes // model.runner.tree.block_size
+def least_bytes(engine: Engine) -> int:
+    """Bytes that the forwards of both models have had to read since they were loaded, at least: in each the matrices once, and once
+    the blocks of keys and values on the paths of all its rows.
 
-
-def _of_policy(result: SearchResult) -> Held:
-    return widest_round(len(result.nodes[0].path[0].tokens), result.nodes, lambda step: step.tokens)
-
-
-def _of_prm(result: SearchResult, spec: PRMSpec) -> Held:
-    read = [node for node in result.nodes if node.score is not None]
-    return widest_round(len(spec.opening(result.problem.problem)), read, lambda step: spec.step(step.text, step.depth == 1))
+    Norms, embedded rows, activations, logits, and what a kernel reads twice are left out.
+    """
+    total = 0
+    for runner, logits in zip(engine.runners, (True, False), strict=False):
+        spec, dtype = runner.decoder.spec, DTYPES[engine.config.dtype]
+        matrices = dtype.itemsize * spec.num_layers * spec.layer_weights
+        head = (dtype if dtype == torch.int8 else activations(dtype)).itemsize * spec.vocab_size * spec.hidden_size * logits
+        total += runner.forwards * (matrices + head) + runner.blocks_read * runner.block_bytes
+    return total
 
 
 def measure(cases: Sequence[Case], *, repeats: int = REPEATS) -> Iterator[Measured]:
@@ -358,21 +350,23 @@ def measure(cases: Sequence[Case], *, repeats: int = REPEATS) -> Iterator[Measur
     groups: dict[tuple, list[Case]] = {}
     for case in cases:
         groups.setdefault((case.policy, case.prm, case.config), []).append(case)
-    ceiling = cache(gemm_ceiling)
-    return itertools.chain.from_iterable(_measure(group, ceiling, repeats) for group in groups.values())
+    ceilings = cache(gemm_ceiling), cache(copy_ceiling)
+    return itertools.chain.from_iterable(_measure(group, *ceilings, repeats) for group in groups.values())
 
 
-def _measure(group: list[Case], ceiling: Callable[[str, str], float], repeats: int) -> Iterator[Measured]:
+def _measure(group: list[Case], products: Callable[[str, str], float], copies: Callable[[str], float],
+             repeats: int) -> Iterator[Measured]:  # fmt: skip
     first = group[0]
-    limit = ceiling(first.config.dtype, first.config.device)
+    limits = products(first.config.dtype, first.config.device), copies(first.config.device)
     with Engine.from_pretrained(first.policy, first.prm, **asdict(first.engine_config)) as engine:
         for case in group:
-            yield run_case(engine, case, limit, repeats=repeats)
+            yield run_case(engine, case, *limits, repeats=repeats)
 
 
 # --- the ceiling ------------------------------------------------------------------------------------------------------------
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the three sides of the product, by kind of device
+COPIED = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes: more than any cache holds
 ROUNDS = 7
 
 
@@ -396,14 +390,27 @@ def gemm_side(device: str) -> int:
 
 @torch.inference_mode()
 def gemm_ceiling(dtype: str, device: str = "cpu", *, clock: Callable[[], float] = time.perf_counter) -> float:
-    """FLOP/s of a product of two square matrices in `dtype`, the fastest of ROUNDS after one that is not counted."""
+    """FLOP/s of a product of two square matrices in `dtype`."""
     side = gemm_side(device)
     product = GEMMS[dtype](*(torch.randn(side, side, device=device) for _ in range(2)))
+    return 2 * side**3 / _fastest(product, device, clock)
+
+
+@torch.inference_mode()
+def copy_ceiling(device: str = "cpu", *, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Bytes/s that are read and written when a large piece of memory is copied."""
+    source = torch.ones(COPIED[torch.device(device).type], dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device, clock)
+
+
+def _fastest(work: Callable[[], Any], device: str, clock: Callable[[], float]) -> float:
+    """Seconds of the fastest of ROUNDS after one that is not counted."""
     seconds = []
     for _ in range(1 + ROUNDS):
         began = clock()
-        product()
+        work()
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(clock() - began)
-    return 2 * side**3 / min(seconds[1:])
+    return min(seconds[1:])

@@ -128,10 +128,13 @@ NOT_FOR_BENCH = ("steps", "max_step_tokens", "max_tokens", "system")
 BENCH_FIGURES = """
 Rates are of whole searches, by the median repeat: what the other model takes is in the time. Policy tokens are those drawn, PRM
 tokens those that went through its layers. FLOPs are those executed, as the ledger counts them, and tokens/PFLOP the tokens drawn
-for 10^15 of them. MFU: the products with weights that both models executed, as a share of what one large matrix product of that
-dtype, timed before, would have done in that time. KV: keys and values of both models, of all problems, in the round in which the
-branches held most, each at the end of its newest step; distinct: every token once, as they are held; logical: had every branch its
-whole path to itself. Peak RSS: memory that the process has had at most so far.
+for 10^15 of them. Useful: the share of them that had to be, each distinct step computed once by each model; files say what the
+rest was. MFU: the products with weights that both models executed, as a share of what one large matrix product of that dtype,
+timed before, would have done in that time. MBU: weights and keys and values, read once a forward, as a share of what copying
+memory would have moved in that time; more than 100 where they stay in caches. Joules: of one repeat, where a GPU's driver counts
+them. KV: keys and values of both models, of all problems, in the round in which the branches held most, each at the end of its
+newest step; distinct: every token once, as they are held; logical: had every branch its whole path to itself. Peak RSS: memory
+that the process has had at most so far.
 """
 
 

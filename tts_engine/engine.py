@@ -7,7 +7,7 @@ two engines in one process, or in two threads, never meet.
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ from .attention.triton_tree import TritonTreeAttention
 from .branch import Branch, root_branch
 from .errors import EngineError
 from .graphs import DecodeGraphs
-from .ledger import Ledger
+from .ledger import Ledger, Phases, Stopwatch
 from .models import heads
 from .models.tokenizer import chat_template, encode_prompt, end_ids, load_tokenizer, token_bytes
 from .models.weights import SOURCES, Checkpoint, load_decoder, resolve_checkpoint
@@ -126,6 +126,7 @@ class _Search:
     nodes: dict[int, Branch]
     ledger: Ledger
     started: float
+    before: Phases  # what the stopwatch showed then
 
 
 class Engine:
@@ -134,7 +135,7 @@ class Engine:
     def __init__(self, config: EngineConfig, policy: Policy, scorer: Scorer | None, tokenizer, grader: Grader) -> None:
         self.config, self.policy, self.scorer = config, policy, scorer
         self.tokenizer, self.grader = tokenizer, grader
-        self._searching = False
+        self._searching, self._ticked = False, "policy"  # the phase that the last tick was of
 
     @classmethod
     def from_pretrained(cls, policy: str | Path, prm: str | Path | None = None, **settings) -> Self:
@@ -217,13 +218,16 @@ class Engine:
         if self._searching:
             raise EngineError("this engine is searching already: exhaust or close that iterator first, or make a second engine")
         self._searching = True
-        waiting, running = deque(prepared), list[_Search]()
+        waiting, running, watch = deque(prepared), list[_Search](), Stopwatch()
         try:
             while waiting or running:
                 while waiting and self.policy.num_open < self.config.max_rows:
                     running.append(self._begin(waiting.popleft(), method, seed))
+                    running[-1].before = replace(watch.shared)
                     self._pass_on(running[-1])
+                watch.share("rest", len(running))
                 self._tick()
+                watch.share(self._ticked, len(running))
                 for search in list(running):
                     try:
                         self._pass_on(search)
@@ -233,17 +237,21 @@ class Engine:
                         running.remove(search)
                         self._abandon(search)
                         failed(search.problem, error)
+                watch.share("rest", len(running))
                 done = [search for search in running if search.driver.done]
                 running = [search for search in running if not search.driver.done]
                 for search in done:
                     result = self._result(search, seed)
+                    search.ledger.phases.grading += watch.lap()
                     if search.choice is None:
                         assert isinstance(method, Chooser), "who is no Chooser has no pilot"
                         choice = method.choose(search.problem, result)
                         running.append(self._start(search.prepared, choice.method, choice, seed, search))
                         self._pass_on(running[-1])
                     else:
+                        search.ledger.phases.add(watch.since(search.before))
                         yield result
+                        watch.lap()  # what is done with it is no time of the engine's
         finally:
             for search in running:
                 self._abandon(search)
@@ -255,8 +263,10 @@ class Engine:
         scorer = self.scorer
         if scorer is not None and (scorer.worth_a_tick or scorer.num_open > self.policy.num_open):
             scorer.tick()
+            self._ticked = "prm"
         else:
             self.policy.tick()
+            self._ticked = "policy"
 
     def _pass_on(self, search: _Search) -> None:
         """Hand on what closed and what a program asks, until it waits for a model or is done."""
@@ -319,9 +329,10 @@ class Engine:
                pilot: _Search | None = None) -> _Search:  # fmt: skip
         """A search. Behind a pilot it goes on with the pilot's nodes, ledger and clock: they are one problem's."""
         config, prepared = self.config, prepared_for[method]
-        ledger, nodes, problem, started = Ledger.empty(), dict[int, Branch](), prepared.problem, time.perf_counter()
+        ledger, nodes, problem = Ledger.empty(), dict[int, Branch](), prepared.problem
+        started, before = time.perf_counter(), Phases()
         if pilot is not None:
-            ledger, nodes, started = pilot.ledger, pilot.nodes, pilot.started
+            ledger, nodes, started, before = pilot.ledger, pilot.nodes, pilot.started, pilot.before
 
         def record(branch: Branch) -> None:
             nodes[branch.identity] = branch
@@ -340,7 +351,12 @@ class Engine:
         scoring = None
         if method.uses_prm:
             scoring = ScoreContext(driver=driver, opening=prepared.opening, ledger=ledger.prm, scored=record)
-        return _Search(problem, prepared_for, choice, method, driver, drawing, scoring, nodes, ledger, started)
+        if pilot is not None:  # what it computed is known, and a step that it drew is no new one
+            drawing.steps = pilot.drawing.steps
+            if scoring is not None and pilot.scoring is not None:
+                known = pilot.scoring
+                scoring.steps, scoring.paths, scoring.scores = known.steps, known.paths, known.scores
+        return _Search(problem, prepared_for, choice, method, driver, drawing, scoring, nodes, ledger, started, before)
 
     def _abandon(self, search: _Search) -> None:
         search.driver.close()
@@ -350,13 +366,23 @@ class Engine:
 
     def _result(self, search: _Search, seed: int) -> SearchResult:
         nodes = list(search.nodes.values())
-        parents = {node.parent.identity for node in nodes if node.parent is not None}
-        search.ledger.policy.tokens_unshared = sum(
-            search.drawing.prompt_tokens + node.num_tokens for node in nodes if node.identity not in parents
-        )
-        search.ledger.seconds = time.perf_counter() - search.started
+        self._count(search, nodes)
         choice = search.choice or Choice(search.method)
         return conclude(search.problem, choice, seed, search.driver.result, nodes, search.ledger, self.grader)
+
+    def _count(self, search: _Search, nodes: list[Branch]) -> None:
+        """What of a search's costs follows from its tree, and its time."""
+        ledger = search.ledger.policy
+        parents = {node.parent.identity for node in nodes if node.parent is not None}
+        ledger.tokens_unshared = sum(
+            search.drawing.prompt_tokens + node.num_tokens for node in nodes if node.identity not in parents
+        )
+        accepted = {step.identity: len(step.tokens) for branch in search.driver.result for step in branch.steps}
+        ledger.tokens_accepted = sum(accepted.values())
+        self.policy.count(search.drawing)
+        if self.scorer is not None and search.scoring is not None:
+            self.scorer.count(search.scoring)
+        search.ledger.seconds = time.perf_counter() - search.started
 
 
 def make_graphs(runner: ModelRunner, rule: StepRule) -> DecodeGraphs | None:

@@ -13,11 +13,11 @@ import torch
 
 from .branch import Branch, Finish
 from .errors import EngineError
-from .graphs import TICKS, DecodeGraphs
+from .graphs import TICKS, DecodeGraphs, bucket_for
 from .kv.tree import NO_NODE
-from .ledger import PolicyLedger
+from .ledger import DistinctStep, DistinctSteps, PolicyLedger, Work, pairs
 from .rows import END, FAULT, WHOLE, Rows, Run
-from .runner import ModelRunner, pairs
+from .runner import ModelRunner
 from .sampling import Sampling, sample
 from .search.driver import Answer, Ask, Draw, Driver
 from .steps import StepRule
@@ -54,8 +54,11 @@ class DrawContext:
     prompt_tokens: int
     ledger: PolicyLedger
     drawn: Callable[[Branch], None]
-    fed: dict[int, int] = field(default_factory=dict)  # by identity: leading tokens of the step that were computed before
     nodes: dict[int, int] = field(default_factory=dict)  # by identity: the step's node, all above it computed; or a stale handle
+    steps: DistinctSteps = field(init=False)  # those that closed
+
+    def __post_init__(self) -> None:
+        self.steps = DistinctSteps(self.prompt_tokens)
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +75,17 @@ class _Row:
     path_start: int = 0  # tokens on the path before the step
     first: int = 0  # tokens it had when its lease began
     seat: int = 0  # among the rows of the ticks that are under way
+    computed: int = 0  # leading tokens that were computed in earlier leases
+
+
+@dataclass(slots=True, eq=False)
+class _Missing:
+    """What a tick reads of one step's tokens, on the account of the first search that needs it."""
+
+    context: DrawContext
+    step: DistinctStep
+    start: int
+    kept: bool  # its keys and values are there: what is missing is the last token's hidden state
 
 
 @dataclass(slots=True, eq=False)
@@ -82,7 +96,8 @@ class _Batch:
     num_tokens: int = 0  # of all runs
     run_of: dict[int, int] = field(default_factory=dict)  # node -> its run
     sources: list[int] = field(default_factory=list)  # for each row admitted: the run that its next token is drawn behind
-    payers: dict[int, DrawContext] = field(default_factory=dict)  # run -> whose draw is the first behind it
+    missing: dict[int, _Missing] = field(default_factory=dict)  # run -> its account, where it is a node's
+    first: dict[int, _Row] = field(default_factory=dict)  # run -> the first draw behind it
 
     def add(self, run: Run) -> int:
         """Its number."""
@@ -99,6 +114,7 @@ class Policy:
         its own meanwhile."""
         self.runner, self.rule, self.max_rows, self.graphs = runner, rule, max_rows, graphs
         self.preemptions = 0
+        self._head_flops = runner.decoder.spec.lm_head_flops
         self._waiting: deque[_Row] = deque()
         self._rows = Rows[_Row](max_rows)
         self._samplings: dict[Sampling, int] = {}
@@ -181,7 +197,7 @@ class Policy:
         self._read(batch, row, path, nodes)
         run = batch.add(Run(row.lease, True, 0, row.path_start, row.tokens)) if row.tokens else batch.run_of[nodes[-1]]
         batch.sources.append(run)
-        batch.payers.setdefault(run, context)
+        batch.first.setdefault(run, row)
         state = self.rule.start(draw.identity, context.key)
         for token in row.tokens:
             state = int(self.rule.advance(np.array([token]), np.array([state]))[0])
@@ -219,13 +235,12 @@ class Policy:
         path_start = row.path_start - sum(len(step.tokens) for step in path)
         for node, step in zip(nodes, path, strict=True):
             computed, count = tree.computed(node), len(step.tokens)
+            kept = computed == count
             if step is path[-1] and not row.tokens:
                 computed = min(computed, count - 1)  # the first draw wants its last hidden state, known K and V or not
             if computed < count and node not in batch.run_of:
-                batch.run_of[node] = batch.add(Run(node, False, computed, path_start, step.tokens[computed:]))
-                fed = context.fed.get(step.identity, 0)
-                self._charge(context, path_start + computed, count - computed, max(0, fed - computed))
-                context.fed[step.identity] = max(fed, count)
+                run = batch.run_of[node] = batch.add(Run(node, False, computed, path_start, step.tokens[computed:]))
+                batch.missing[run] = _Missing(context, context.steps[step.identity], computed, kept)
             context.nodes[step.identity] = node
             path_start += count
 
@@ -238,9 +253,9 @@ class Policy:
         for number in batch.run_of.values():
             run = batch.runs[number]
             self.runner.tree.set_computed(run.handle, run.start + len(run.tokens))
-        for number, context in batch.payers.items():
-            run = batch.runs[number]
-            self._charge_reads(context, run.path_start + run.start + len(run.tokens) - 1, 1)
+        self._charge_runs(batch)
+        padding = self.runner.padding(len(segments.token_ids), len(read_at), self._head_flops)
+        self._rows.owners[-1].context.ledger.padding_flops += padding
         return logits, sources
 
     def _send_back(self, decoding: int) -> None:
@@ -302,6 +317,8 @@ class Policy:
         if finish is None and context.limits.step_room(used, context.prompt_tokens) <= 0:
             finish = Finish.LENGTH
         self._charge_lease(row)
+        step = context.steps.add(draw.identity, draw.branch.identity, tokens)
+        step.computed = max(step.computed, step.written)
         if finish is None:
             context.nodes[draw.identity] = tree.keep(row.lease, tokens, len(tokens) - 1)
         else:
@@ -342,6 +359,7 @@ class Policy:
             row.seat = seat
         self.graphs.start(outlook, rows.begin(slots, list(self._samplings)))
         self._under_way = ticks
+        self.runner.count_forwards(ticks)
         return True
 
     def _blocks_for(self, ticks: int) -> int:
@@ -354,10 +372,13 @@ class Policy:
         """Wait for the ticks under way, if there are any; rows that stopped, and why."""
         if not self._under_way or self.graphs is None:
             return []
-        drawn, self._under_way = self.graphs.finish(), 0
-        rows = self._rows.owners
+        drawn, ticks = self.graphs.finish(), self._under_way
+        rows, self._under_way = self._rows.owners, 0
         if any(drawn.stop[row.seat] & FAULT for row in rows):
             raise EngineError(NOT_FINITE)
+        if rows:  # those of the batch that are nobody's, and those that had stopped, went through every tick all the same
+            beside = ticks * (bucket_for(len(drawn.drawn)) or 0) - int(drawn.drawn.sum())
+            rows[-1].context.ledger.padding_flops += self.flops(Work(tokens=beside, reads=beside))
         columns = drawn.tokens.T.tolist()
         for row in rows:
             row.tokens += columns[row.seat][: drawn.drawn[row.seat]]
@@ -365,21 +386,66 @@ class Policy:
 
     # Counting
 
-    def _charge(self, context: DrawContext, start: int, count: int, recomputed: int) -> None:
-        self.runner.charge(context.ledger, tokens=count, context_pairs=pairs(start, count))
-        context.ledger.tokens_recomputed += min(recomputed, count)
+    def count(self, context: DrawContext) -> None:
+        """What of a search's costs follows from its tree, once all of it is drawn."""
+        context.ledger.ideal_flops = self.flops(context.steps.drawn_once())
+        context.ledger.duplicate_flops = self.flops(context.steps.drawn_again())
+        context.ledger.hold(context.steps.widest_round(), self.runner.token_bytes)
+
+    def flops(self, work: Work) -> int:
+        """What work of this model comes to."""
+        return self.runner.flops(work, self._head_flops)
+
+    def _charge_runs(self, batch: _Batch) -> None:
+        """Count what was read of nodes, and one row of logits for each run behind which something is drawn, on the account of the
+        first draw there."""
+        computed = list[DistinctStep]()
+        for missing in batch.missing.values():
+            step, start = missing.step, missing.step.start + missing.start
+            self._charge(missing.context, _through(start, step.tokens - missing.start))
+            if step.computed > missing.start:
+                self._charge_waste(missing.context, _through(start, step.computed - missing.start), missing.kept)
+            computed.append(step)
+        for number, row in batch.first.items():
+            context, run = row.context, batch.runs[number]
+            read = _read(run.path_start + run.start + len(run.tokens) - 1, 1)
+            self._charge(context, read)
+            if number in batch.missing:
+                step = context.steps[row.draw.branch.identity]
+                if step.computed == step.tokens:
+                    self._charge_waste(context, read, batch.missing[number].kept)
+                computed.append(step)
+        for step in computed:
+            step.computed = step.tokens
 
     def _charge_lease(self, row: _Row) -> None:
         """Count what a row computed since its lease began: every token but the newest, and the logits of what it drew."""
-        written, identity, fed = len(row.tokens) - 1, row.draw.identity, row.context.fed
-        known = fed.get(identity, 0)
-        self._charge(row.context, row.path_start, written, known)
-        # The first draw of a lease reads logits of the parent's run, or of the resuming run: counted in _forward.
+        context, start, written = row.context, row.path_start, len(row.tokens) - 1
+        self._charge(context, _through(start, written))
+        # The first draw of a lease reads logits of the parent's run, or of the resuming run: counted in _charge_runs.
         if written > row.first:
-            self._charge_reads(row.context, row.path_start + row.first, written - row.first)
-        fed[identity] = max(known, written)
+            self._charge(context, _read(start + row.first, written - row.first))
+        if row.computed:
+            self._charge_waste(context, _through(start, min(row.computed, written)), kept=False)
+        row.computed = max(row.computed, written)
 
-    def _charge_reads(self, context: DrawContext, start: int, count: int) -> None:
-        """Tokens behind which one is drawn: the rest of the last layer, and logits."""
-        self.runner.charge_reads(context.ledger, tokens=count, context_pairs=pairs(start, count))
-        context.ledger.head_flops += self.runner.decoder.spec.lm_head_flops * count
+    def _charge(self, context: DrawContext, work: Work) -> None:
+        self.runner.charge(context.ledger, work, self._head_flops)
+
+    def _charge_waste(self, context: DrawContext, work: Work, kept: bool) -> None:
+        """Say of work that was counted that the search had done it before; kept: its keys and values were there."""
+        if kept:
+            context.ledger.rereading_flops += self.flops(work)
+        else:
+            context.ledger.recompute_flops += self.flops(work)
+            context.ledger.tokens_recomputed += work.tokens
+
+
+def _through(start: int, count: int) -> Work:
+    """Tokens behind `start` others, through the layers."""
+    return Work(tokens=count, pairs=pairs(start, count))
+
+
+def _read(start: int, count: int) -> Work:
+    """Of such tokens behind which one is drawn, the rest of the last layer and the logits."""
+    return Work(reads=count, read_pairs=pairs(start, count))

@@ -15,7 +15,7 @@ from .attention import make_backend, refuse_windows
 from .branch import Branch
 from .engine import DTYPES, EngineConfig, make_scorer
 from .errors import EngineError, RunError
-from .ledger import Ledger
+from .ledger import Ledger, Phases
 from .models.weights import SOURCES, load_decoder
 from .prm.scorer import ScoreContext, Scorer
 from .runner import ModelRunner
@@ -108,7 +108,9 @@ def read_tree(stored: Stored, scorer: Scorer) -> tuple[dict[int, Branch], Ledger
     finally:
         driver.close()
         scorer.abandon(context)
+    scorer.count(context)
     ledger.seconds = perf_counter() - started
+    ledger.phases = Phases(prm=ledger.seconds)
     return steps, ledger
 
 
@@ -137,6 +139,7 @@ def _read_anew(stored: Stored, steps: dict[int, Branch], ledger: Ledger, grader:
     if record["error"] is not None:
         return dict(record)
     nodes = [old | {"score": steps[node.identity].score} for old, node in zip(record["nodes"], stored.nodes, strict=True)]
-    cost = record["ledger"] | {"prm": ledger.as_dict()["prm"], "seconds": ledger.seconds}
+    read = ledger.as_dict()
+    cost = record["ledger"] | {name: read[name] for name in ("prm", "seconds", "phases")}
     branches = [steps[branch.identity] for branch in stored.branches]
     return record | choose(stored, branches, grader) | {"nodes": nodes, "ledger": cost}

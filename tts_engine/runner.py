@@ -14,7 +14,7 @@ from .attention.base import AttentionBackend, BatchLayout
 from .errors import EngineError, OutOfBlocks
 from .kv.cache import KVCache
 from .kv.tree import NO_NODE, KVTree, TreePaths, blocks_needed
-from .ledger import ModelLedger
+from .ledger import ModelLedger, Work
 from .models.decoder import Decoder
 
 
@@ -42,6 +42,8 @@ class ModelRunner:
         """Raises EngineError for a pool that cannot be had."""
         spec = decoder.spec
         self.decoder, self.backend = decoder, backend
+        self.forwards = 0
+        self.blocks_read = 0  # of all forwards, each time those that somebody stands on
         self._read_flops = spec.flops_per_read
         self._token_flops = spec.flops_per_token - spec.flops_per_read
         self._num_layers, self._pair_flops = spec.num_layers, spec.attention_flops_per_pair // spec.num_layers
@@ -57,6 +59,11 @@ class ModelRunner:
     @property
     def block_bytes(self) -> int:
         return self.cache.num_bytes // self.cache.num_blocks
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token's keys and values."""
+        return self.block_bytes // self.tree.block_size
 
     def hold_path(self, steps: Sequence[Sequence[int]]) -> list[int] | None:
         """The nodes of a path given as token ids step by step, made where they are missing; the last one is held.
@@ -95,6 +102,7 @@ class ModelRunner:
 
         A run's ancestors must be written already or be runs of this forward. Marking nodes as computed is the caller's.
         """
+        self.count_forwards(1)
         layout = self.layout(segments)
         device = self.decoder.device
         given = (segments.token_ids, layout.positions, read_at)
@@ -105,17 +113,33 @@ class ModelRunner:
             ids, positions, cache=self.cache, backend=self.backend, plan=plan, read_at=reads, read_plan=read_plan
         )
 
-    def charge(self, ledger: ModelLedger, *, tokens: int, context_pairs: int) -> None:
-        """Count one run into a ledger, up to the last layer's keys and values: `tokens` through the layers, `context_pairs`
-        (query, key) pairs in attention."""
-        ledger.tokens_computed += tokens
-        ledger.linear_flops += self._token_flops * tokens
-        ledger.attention_flops += self._pair_flops * (self._num_layers - 1) * context_pairs
+    def count_forwards(self, times: int) -> None:
+        """Note forwards of those who hold or lease now."""
+        counts = self.tree.counts()
+        self.forwards += times
+        self.blocks_read += times * (counts.pinned + counts.filling)
 
-    def charge_reads(self, ledger: ModelLedger, *, tokens: int, context_pairs: int) -> None:
-        """Count the rest of the last layer, for those of the tokens whose hidden states are read."""
-        ledger.linear_flops += self._read_flops * tokens
-        ledger.attention_flops += self._pair_flops * context_pairs
+    def charge(self, ledger: ModelLedger, work: Work, head_flops: int) -> None:
+        """Count work into a ledger; head_flops: of the head, for one hidden state that is read."""
+        linear, attention = self._layer_flops(work)
+        ledger.tokens_computed += work.tokens
+        ledger.linear_flops += linear
+        ledger.attention_flops += attention
+        ledger.head_flops += head_flops * work.reads
+
+    def flops(self, work: Work, head_flops: int) -> int:
+        """All that the work comes to."""
+        return sum(self._layer_flops(work)) + head_flops * work.reads
+
+    def padding(self, tokens: int, reads: int, head_flops: int) -> int:
+        """FLOPs of the rows that a forward of so many tokens computes beside them, through matrices only; head_flops: as above."""
+        beside, beside_reads = self.decoder.rows_beside(tokens), self.decoder.rows_beside(reads)
+        return self._token_flops * beside + (self._read_flops + head_flops) * beside_reads
+
+    def _layer_flops(self, work: Work) -> tuple[int, int]:
+        """Of matrices and of attention."""
+        linear = self._token_flops * work.tokens + self._read_flops * work.reads
+        return linear, self._pair_flops * ((self._num_layers - 1) * work.pairs + work.read_pairs)
 
     def refuse_unless_fits(self, what: str, prompt_tokens: int, max_tokens: int, max_steps: int) -> None:
         """Raise OutOfBlocks where one branch at full length could not fit an empty pool: then no eviction ever helps.
@@ -132,8 +156,3 @@ class ModelRunner:
                 f"{max_tokens} tokens in {max_steps} steps) and the pool has {self.tree.num_blocks} in all "
                 f"({self.cache.num_bytes / 1e6:.1f} MB); raise kv_bytes or lower max_tokens, max_step_tokens or max_steps"
             )
-
-
-def pairs(start: int, count: int) -> int:
-    """(query, key) pairs of `count` causal tokens behind `start` others: each sees all before it and itself."""
-    return count * start + count * (count + 1) // 2

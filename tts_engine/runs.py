@@ -11,13 +11,13 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from .errors import EngineError, RunError
-from .ledger import ModelLedger, PolicyLedger, PRMLedger
+from .ledger import Ledger
 from .report.tree import in_order
 from .report.versions import package_version
 from .results import SearchResult
@@ -34,7 +34,6 @@ NOT_COMPARED = ("made", "policy.name", "prm.name", "rescores.name")  # when and 
 MOST_DIFFERENCES = 4
 FIELDS = ("schema_version", "id", "problem", "gold", "level", "method", "seed", "answer", "correct", "aggregates", "branches",
           "prompt_tokens", "nodes", "ledger", "error")  # fmt: skip
-LEDGERS: dict[str, type[ModelLedger]] = {"policy": PolicyLedger, "prm": PRMLedger}
 
 Told = Callable[[dict[str, Any]], None]  # who is told of a record
 
@@ -107,7 +106,10 @@ def describe_result(result: SearchResult, grader: Grader) -> dict[str, Any]:
     place = {0: -1} | {node.identity: i for i, node in enumerate(nodes)}
     root = nodes[0].path[0] if nodes else None
     voted = zip([place[branch.identity] for branch in result.branches], result.answers, result.groups, strict=True)
+    began = time.perf_counter()
     choice = describe_choice(result.problem.answer, result.answer, result.aggregates, voted, grader)
+    ledger = result.ledger.as_dict()
+    ledger["phases"]["grading"] += time.perf_counter() - began
     known = _header(result.problem, result.method, result.seed) | choice
     return known | {
         "prompt_tokens": list(root.tokens) if root else [],
@@ -124,7 +126,7 @@ def describe_result(result: SearchResult, grader: Grader) -> dict[str, Any]:
             }
             for node in nodes
         ],
-        "ledger": result.ledger.as_dict(),
+        "ledger": ledger,
         "error": None,
     }
 
@@ -373,7 +375,7 @@ def _check_outcome(record: dict[str, Any], earlier: set[str]) -> None:
             raise TypeError(f"its aggregate {name!r:.40} is no choice")
     counts = [record["seconds"]]
     if record["ledger"] is not None:
-        counts += [record["ledger"][part][field.name] for part, ledger in LEDGERS.items() for field in fields(ledger)]
+        counts += _flat(asdict(Ledger.from_dict(record["ledger"]))).values()
     if not all(isinstance(count, int | float) and 0 <= count < 1 << 63 for count in counts):
         raise ValueError("its costs are no numbers")
 

@@ -410,6 +410,9 @@ class ChainDecoder:
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.forwards: list[list[int]] = []  # the token ids of each forward
 
+    def rows_beside(self, count: int) -> int:
+        return 0
+
     def forward(self, token_ids: Any, positions: Any, *, read_at: Any, **how: Any) -> Any:
         self.forwards.append(token_ids.tolist())
         return token_ids[read_at]
@@ -471,6 +474,7 @@ def draw_all(policy: Any, program: Program, prompt_tokens: int, *, temperature: 
             policy.submit(context, ask)
         policy.tick()
         check_blocks(policy.runner.tree)
+    policy.count(context)
     return Drawn(driver.result, nodes, ledger)
 
 

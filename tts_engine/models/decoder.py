@@ -74,6 +74,10 @@ class Decoder:
     def device(self) -> torch.device:
         return self.weights.norm.device
 
+    def rows_beside(self, count: int) -> int:
+        """Rows of zeros that go through the matrices beside so many."""
+        return -count % ROW_TILE if self._tiled else 0
+
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, positions: Tensor, *, cache: KVCache, backend: AttentionBackend, plan: Any,
                 read_at: Tensor, read_plan: Any) -> Tensor:  # fmt: skip

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..branch import Branch
 from ..errors import EngineError, OutOfBlocks
 from ..kv.tree import NO_NODE, blocks_needed
-from ..ledger import PRMLedger
-from ..runner import ModelRunner, Segments, pairs
+from ..ledger import DistinctStep, DistinctSteps, PRMLedger, Work, pairs
+from ..models.decoder import ROW_TILE
+from ..runner import ModelRunner, Segments
 from ..search.driver import Answer, Ask, Driver
 from .spec import PRMSpec
 
@@ -32,11 +33,19 @@ class ScoreContext:
     opening: list[int]  # the PRM's token ids before the first step
     ledger: PRMLedger
     scored: Callable[[Branch], None]
-    opened: bool = False  # the opening was read once already
     step_ids: dict[tuple[str, bool], list[int]] = field(default_factory=dict)  # spec.step's answers so far
     paths: dict[tuple[int, str], int] = field(default_factory=dict)  # (the path above, a step's text) -> the path
     scores: dict[int, float] = field(default_factory=dict)  # by path: its last step's
     readings: "dict[int, _Reading]" = field(default_factory=dict)  # by path: what is still to be read
+    steps: DistinctSteps = field(init=False)  # by path, from 1 on: what was read
+
+    def __post_init__(self) -> None:
+        self.steps = DistinctSteps(len(self.opening))
+
+    def step(self, above: int, path: int, ids: list[int]) -> DistinctStep:
+        """The last step of a path, noted where it was not yet."""
+        known = path == OPENING or path + 1 in self.steps
+        return self.steps[path + 1] if known else self.steps.add(path + 1, above + 1, ids, draws=0)
 
     def path(self, branch: Branch) -> list[int]:
         """The paths down to the branch, that without steps first."""
@@ -64,13 +73,12 @@ class _Reading:
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """New tokens of one node, `start` of it written before, `before` more on the path above; on the account of `context`."""
+    """New tokens of one node, that of `step`, `start` of it written before; on the account of `context`."""
 
     context: ScoreContext
-    before: int
+    step: DistinctStep
     start: int
     ids: list[int]
-    known: bool  # read before, and evicted since
 
 
 class Scorer:
@@ -180,18 +188,16 @@ class Scorer:
 
     def _plan(self, reading: _Reading, nodes: list[int], runs: dict[int, _Run]) -> int:
         """Note the runs that this path adds to the forward; the tokens they hold."""
-        context, before, added = reading.context, 0, 0
+        context, above, added = reading.context, OPENING, 0
         for number, node, ids in zip(reading.path, nodes, reading.ids, strict=True):
             start = self.runner.tree.computed(node)
-            unscored = number != OPENING and number not in context.scores
-            if start == len(ids) and unscored:
+            step = context.step(above, number, ids)
+            if start == len(ids) and number != OPENING and number not in context.scores:
                 start += self.spec.read_at  # an equal step was read before: its score is read again, from the marker on
             if start < len(ids) and node not in runs:
-                known = context.opened if number == OPENING else not unscored
-                runs[node] = _Run(context, before, start, ids[start:], known)
+                runs[node] = _Run(context, step, start, ids[start:])
                 added += len(ids) - start
-            before += len(ids)
-        context.opened = True
+            above = number
         return added
 
     def _read(self, runs: dict[int, _Run]) -> dict[int, float]:
@@ -204,7 +210,7 @@ class Scorer:
             is_lease=np.zeros(len(runs), bool),
             starts=np.array([run.start for run in runs.values()], np.int32),
             counts=counts,
-            path_starts=np.array([run.before for run in runs.values()], np.int32),
+            path_starts=np.array([run.step.start for run in runs.values()], np.int32),
             token_ids=np.concatenate([np.array(run.ids, np.int64) for run in runs.values()]),
         )
         hidden = self.runner.forward(segments, np.cumsum(counts, dtype=np.int64)[of_step] + self.spec.read_at)
@@ -212,15 +218,40 @@ class Scorer:
         found: dict[int, float] = {}
         for (node, run), is_step in zip(runs.items(), of_step, strict=True):
             tree.set_computed(node, run.start + len(run.ids))
-            ledger = run.context.ledger
-            before, count = run.before + run.start, len(run.ids)
-            self.runner.charge(ledger, tokens=count, context_pairs=pairs(before, count))
-            ledger.tokens_recomputed += len(run.ids) * run.known
+            self._charge(run, is_step)
             if is_step:
-                self.runner.charge_reads(ledger, tokens=1, context_pairs=before + count + self.spec.read_at + 1)
-                ledger.head_flops += self.head_flops
                 found[node] = next(scores)
+        self._charge_padding(run.context, len(segments.token_ids), len(found))
         return found
+
+    def count(self, context: ScoreContext) -> None:
+        """What of a search's costs follows from its tree, once all of it is scored."""
+        context.ledger.ideal_flops = self.flops(context.steps.read_once(self.spec.read_at))
+        context.ledger.hold(context.steps.widest_round(), self.runner.token_bytes)
+
+    def flops(self, work: Work) -> int:
+        """What work of this model comes to."""
+        return self.runner.flops(work, self.head_flops)
+
+    def _charge(self, run: _Run, is_step: bool) -> None:
+        """Count a run that was read, and by what was known before how much of it was in vain."""
+        step, ledger = run.step, run.context.ledger
+        before, count = step.start + run.start, len(run.ids)
+        work = Work(tokens=count, pairs=pairs(before, count))
+        if is_step:
+            work.add(0, 0, 1, before + count + self.spec.read_at + 1)
+        self.runner.charge(ledger, work, self.head_flops)
+        if step.computed and run.start:
+            ledger.rereading_flops += self.flops(work)
+        elif step.computed:
+            ledger.recompute_flops += self.flops(work)
+            ledger.tokens_recomputed += count
+        step.computed = step.tokens
+
+    def _charge_padding(self, context: ScoreContext, tokens: int, reads: int) -> None:
+        """The head goes by whole tiles, whatever the decoder does."""
+        own = self.runner.padding(tokens, reads, head_flops=0)
+        context.ledger.padding_flops += own + self.head_flops * (-reads % ROW_TILE)
 
     def _conclude(self, reading: _Reading, scores: list[float | None]) -> None:
         """Keep the scores of a path that was read, and answer whoever waits for it or for a part of it."""
@@ -245,12 +276,15 @@ class Scorer:
     def _answer(self, context: ScoreContext, answer: Answer, place: int, branch: Branch) -> None:
         """Put the branch anew with every step's score."""
         path = branch.path
-        read_so_far, parent, changed = len(context.opening), path[0], False
+        read_so_far, above, parent, changed = len(context.opening), OPENING, path[0], False
         for step, number in zip(path[1:], context.path(branch)[1:], strict=True):
-            read_so_far += len(self._ids(context, step.text, parent.parent is None))
+            ids = self._ids(context, step.text, parent.parent is None)
+            read_so_far += len(ids)
+            distinct, above = context.step(above, number, ids), number
             if step.score is None:
                 step, changed = replace(step, parent=parent, score=context.scores[number]), True
                 context.ledger.steps_scored += 1
+                distinct.draws += 1
                 context.ledger.tokens_reread += read_so_far
                 context.scored(step)
             elif changed:

@@ -17,6 +17,7 @@ from .text import figures, harmless, short
 
 Row = dict[str, Any]
 Column = tuple[str, list[str]]  # its heading, and a cell a row
+Shown = tuple[str, Callable[[Row], str]]  # its heading, and what makes a cell of a row
 GAP, WIDEST = 2, 28  # between columns; of one column
 
 # Settings that are columns where rows differ in them, and are told above the table where they do not, those of QUIET left out. Who
@@ -32,25 +33,41 @@ def prm_only(show: Callable[[Row], str]) -> Callable[[Row], str]:
     return lambda row: show(row) if row["prm"] is not None else "-"
 
 
-FIGURES: list[tuple[str, Callable[[Row], str]]] = [
+JOULES = "joules"  # a column where somebody counts them
+FIGURES: list[Shown] = [
     ("problems\n/s", lambda r: figures(r["problems_per_s"])),
     ("policy\ntok/s", lambda r: figures(r["policy_tokens_per_s"])),
     ("PRM\ntok/s", prm_only(lambda r: figures(r["prm_tokens_per_s"]))),
     ("policy\nGFLOP", lambda r: figures(r["policy_flops"] / 1e9)),
     ("PRM\nGFLOP", prm_only(lambda r: figures(r["prm_flops"] / 1e9))),
+    ("useful\n%", lambda r: figures(100 * r["useful"])),
     ("MFU\n%", lambda r: figures(100 * r["mfu"])),
+    ("MBU\n%", lambda r: figures(100 * r["mbu"])),
     ("tokens\n/PFLOP", lambda r: short(r["tokens_per_pflop"])),
     ("KV MB\ndistinct", lambda r: figures(r["kv_distinct_bytes"] / 1e6)),
     ("KV MB\nlogical", lambda r: figures(r["kv_logical_bytes"] / 1e6)),
     ("peak\nRSS MB", lambda r: figures(r["peak_rss_bytes"] / 1e6)),
+    (JOULES, lambda r: "-" if r["joules"] is None else figures(r["joules"])),
     ("seconds\n(least-most)", lambda r: f"{figures(r['seconds'])} ({figures(r['seconds_min'])}-{figures(r['seconds_max'])})"),
 ]
 
 
-def columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+def columns(rows: Sequence[Row]) -> list[Shown]:
     """The settings that are columns, then the figures."""
+    return settings(rows) + told(rows)
+
+
+def settings(rows: Sequence[Row]) -> list[Shown]:
     varied = [name for name in SETTINGS if name in ALWAYS or len(_values(rows, name)) > 1]
-    return [(name.replace("_", "\n"), lambda row, name=name: _told(row[name])) for name in varied] + FIGURES
+    return [(name.replace("_", "\n"), setting(name)) for name in varied]
+
+
+def setting(name: str) -> Callable[[Row], str]:
+    return lambda row: _told(row[name])
+
+
+def told(rows: Sequence[Row]) -> list[Shown]:
+    return [figure for figure in FIGURES if figure[0] != JOULES or _values(rows, JOULES)]
 
 
 def caption(rows: Sequence[Row]) -> str:
@@ -60,16 +77,17 @@ def caption(rows: Sequence[Row]) -> str:
 
 
 def ceilings(rows: Sequence[Row]) -> str:
-    """What 100 % of MFU is."""
-    told = {f"{r['dtype']} on {r['device']} {short(r['gemm_flops_per_s'])}FLOP/s" for r in rows}
+    """What 100 % of MFU and of MBU are."""
+    products = sorted({f"{r['dtype']} on {r['device']} {short(r['gemm_flops_per_s'])}FLOP/s" for r in rows})
+    copies = sorted({f"{r['device']} {short(r['copy_bytes_per_s'])}B/s" for r in rows})
     sides = sorted({r["gemm_side"] for r in rows})
-    return f"GEMM ceilings measured now, with square matrices of {' and '.join(map(str, sides))}: {', '.join(sorted(told))}"
+    measured = f"GEMM ceilings measured now, with square matrices of {' and '.join(map(str, sides))}: {', '.join(products)}"
+    return f"{measured}; of copies of memory: {', '.join(copies)}"
 
 
 def show(rows: Sequence[Row], screen: Console) -> None:
     """All of it on a terminal; as many tables below one another as its width takes, each with the settings that differ."""
-    cells = [(heading, [show(row) for row in rows]) for heading, show in columns(rows)]
-    labels, figures = cells[: -len(FIGURES)], cells[-len(FIGURES) :]
+    labels, figures = ([(heading, [tell(row) for row in rows]) for heading, tell in part(rows)] for part in (settings, told))
     screen.print(caption(rows), markup=False)
     parts: list[list[Column]] = [[]]
     for figure in figures:

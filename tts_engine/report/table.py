@@ -1,19 +1,19 @@
 """What runs cost and what they got right: one cell a run, one table for all."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ..ledger import Ledger, PolicyLedger, PRMLedger
+from ..ledger import PETA, Ledger
 from .intervals import wilson
 from .text import figures, percent
 
 GIGA = 1e9
-WIDE = 100  # columns
+WIDE, WIDEST = 100, 120  # columns of a terminal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +53,19 @@ class Cell:
     def correct_per_gflop(self) -> float:
         return sum(self.correct) / self.gflop if self.gflop else 0.0
 
+    @property
+    def correct_per_s(self) -> float:
+        return sum(self.correct) / self.ledger.seconds if self.ledger.seconds else 0.0
+
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON."""
         low, high = self.interval
         return {
             "policy": self.policy, "method": self.method, "n": self.n, "problems": len(self.correct), "correct": sum(self.correct),
             "accuracy": self.accuracy, "interval_95": [low, high], "gflop_per_problem": self.gflop_per_problem,
-            "correct_per_gflop": self.correct_per_gflop, "ledger": self.ledger.as_dict(),
+            "correct_per_gflop": self.correct_per_gflop, "correct_per_pflop": self.correct_per_gflop * PETA / GIGA,
+            "correct_per_s": self.correct_per_s, "useful": self.ledger.useful, "wasted": self.ledger.wasted,
+            "ledger": self.ledger.as_dict(),
         }  # fmt: skip
 
 
@@ -69,7 +75,7 @@ def cell_of(records: Iterable[dict[str, Any]], policy: str, uses_prm: bool) -> C
     total = Ledger.empty()
     for record in ordered:
         if record["ledger"]:
-            total.add(_ledger(record["ledger"]))
+            total.add(Ledger.from_dict(record["ledger"]))
     total.seconds = sum(record["seconds"] for record in ordered)
     return Cell(
         policy=policy,
@@ -82,17 +88,12 @@ def cell_of(records: Iterable[dict[str, Any]], policy: str, uses_prm: bool) -> C
     )
 
 
-def _ledger(record: dict[str, Any]) -> Ledger:
-    policy = {field.name: record["policy"][field.name] for field in fields(PolicyLedger)}
-    prm = {field.name: record["prm"][field.name] for field in fields(PRMLedger)}
-    return Ledger(policy=PolicyLedger(**policy), prm=PRMLedger(**prm))
-
-
 def prm_only(show: Callable[[Cell], str]) -> Callable[[Cell], str]:
     return lambda cell: show(cell) if cell.uses_prm else "-"
 
 
-ACCURACY = "accuracy\n% (95 %)"
+ACCURACY, USEFUL, CORRECT = "accuracy\n% (95 %)", "useful\n%", "correct\n/s"
+SPARED = (USEFUL, CORRECT)  # where there is no room for all
 COLUMNS: list[tuple[str, Callable[[Cell], str]]] = [
     ("policy", lambda c: c.policy),
     ("method", lambda c: c.method),
@@ -103,7 +104,9 @@ COLUMNS: list[tuple[str, Callable[[Cell], str]]] = [
     ("re-read\nk tok", prm_only(lambda c: figures(c.ledger.prm.tokens_reread / 1e3))),
     ("policy\nGFLOP", lambda c: figures(c.ledger.policy.flops / GIGA)),
     ("PRM\nGFLOP", prm_only(lambda c: figures(c.ledger.prm.flops / GIGA))),
+    (USEFUL, lambda c: "-" if c.ledger.useful is None else figures(100 * c.ledger.useful)),
     ("correct\n/GFLOP", lambda c: figures(c.correct_per_gflop)),
+    (CORRECT, lambda c: figures(c.correct_per_s)),
     ("time\ns", lambda c: figures(c.ledger.seconds)),
 ]
 
@@ -115,17 +118,19 @@ def rows(cells: Sequence[Cell]) -> list[list[str]]:
 
 
 def table(cells: Sequence[Cell], title: str, width: int) -> Table:
-    """The same for a terminal of `width` columns, a gap between policies. In 80 it just fits, with intervals on a second line."""
+    """The same for a terminal of `width` columns, a gap between policies. In 80 it just fits without SPARED, with intervals on a
+    second line."""
+    columns = [column for column in COLUMNS if width >= WIDEST or column[0] not in SPARED]
     drawn = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False,
                   padding=(0, int(width >= WIDE), 0, 0))  # fmt: skip
-    for i, (heading, _) in enumerate(COLUMNS):
+    for i, (heading, _) in enumerate(columns):
         longest = max(map(len, heading.split("\n")))
         drawn.add_column(
             heading, justify="left" if i < 2 else "right", no_wrap=heading != ACCURACY, min_width=longest, vertical="bottom"
         )
     for i, cell in enumerate(cells):
         last = i + 1 == len(cells) or cells[i + 1].policy != cell.policy
-        drawn.add_row(*(Text(show(cell)) for _, show in COLUMNS), end_section=last)
+        drawn.add_row(*(Text(show(cell)) for _, show in columns), end_section=last)
     return drawn
 
 
