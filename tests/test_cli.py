@@ -70,6 +70,14 @@ def shell(*argv, **how):
         (["solve", PROBLEM, "--method", "mcts"], "invalid choice: 'mcts' (choose from"),
         (["solve", PROBLEM, "--method", "cot", "--n", "4"], "cot has no setting 'n'"),
         (["solve", PROBLEM, "--method", "majority", "--width", "4"], "majority has no setting 'width'"),
+        (["solve", PROBLEM, "--method", "auto"], "auto needs --strategy: a file that fit wrote, or paper_table"),
+        (["solve", PROBLEM, "--method", "auto", "--strategy", "paper_table", "--width", "4"], "auto has no setting 'width'"),
+        (["solve", PROBLEM, "--method", "cot", "--strategy", "paper_table"], "--strategy is for --method auto"),
+        (["solve", PROBLEM, "--difficulty", "x"], "unrecognized arguments: --difficulty x"),
+        (["eval", "--task", "embedded", "--difficulty", "x", "--out", "OUT"], "--difficulty is for --method auto"),
+        (["fit", "no/such/run", "--pilot", "no/such/pilot", "--out", "OUT"], "no/such/run/run.json cannot be read: No such file"),
+        (["fit", "no/such/run", "--out", "OUT"], "arguments are required: --pilot"),
+        (["fit", "no/such/run", "--pilot", "x", "--out", "OUT", "--edges", "0.5,2"], "'2' is not a number above 0 and at most 1"),
         (["solve", PROBLEM, "--rules", "mine"], "invalid choice: 'mine'"),
         (["solve", PROBLEM, "--temperature", "-1"], "temperature must be a number of at least 0"),
         (["solve", PROBLEM, "--temperature", "nan"], "'nan' is not a number"),
@@ -143,7 +151,21 @@ def test_a_problem_too_long_for_the_model_is_one_sentence(run, given):
 
 @pytest.mark.parametrize(
     "verb",
-    ["", "solve", "eval", "score", "rescore", "convert", "info", "bench", "demo", "embedded", "embedded train", "embedded check"],
+    [
+        "",
+        "solve",
+        "eval",
+        "fit",
+        "score",
+        "rescore",
+        "convert",
+        "info",
+        "bench",
+        "demo",
+        "embedded",
+        "embedded train",
+        "embedded check",
+    ],
 )
 def test_every_verb_explains_itself(run, verb):
     code, out, err = run(*verb.split(), "--help")
@@ -272,6 +294,62 @@ def test_a_reader_that_leaves_is_no_traceback(given):
     child.stdout.close()
     assert "Traceback" not in child.stderr.read()
     assert child.wait(timeout=60) == 1
+
+
+# --- fit, and the method that it chooses ---------------------------------------------------------------------------------
+
+
+def test_a_strategy_is_fitted_to_runs_and_chooses_for_others(run, given, tmp_path):
+    task = ["--task", "embedded", "--split", "calibration", "--limit", 10]
+
+    def evaluated(name, *argv):
+        assert run("eval", *given, *task, "--out", tmp_path / name, *argv)[0] == 0
+        return tmp_path / name
+
+    pilot = evaluated("pilot", "--method", "best_of_n", "--n", 6, "--seed", 1)
+    runs = [evaluated("cot", "--method", "cot"), evaluated("beam", "--n", 4)]
+    file = tmp_path / "mine.json"
+    code, shown, err = run("fit", *runs, "--pilot", pilot, "--draws", 2, "--out", file, "--json")
+    told = json.loads(shown.splitlines()[-1])
+    assert (code, err) == (0, "") and "policy with prm: 10 calibration problems of embedded" in shown and "predicted by 2" in shown
+    assert told["strategy"] == json.loads(file.read_text()) and told["strategy"]["name"] == "mine"
+    # models made of random numbers solve nothing: greedy is the cheapest way to that, for all problems
+    assert {pick["method"]["name"] for pick in told["strategy"]["tables"][0]["picks"]} == {"cot"}
+    own = [argument for argument in given if argument not in ("--max-steps", "4")]
+    code, shown, _ = run("solve", PROBLEM, *own, "--method", "auto", "--strategy", file, "--n", 4, "--json")
+    record = json.loads(shown.splitlines()[-1])
+    assert code == 0 and record["method"]["name"] == "cot" and record["choice"]["by"] == "no need"
+    assert "method: cot n=1, which mine has for all problems" in shown
+
+    strategy = json.loads(file.read_text())
+    hard = [pick for pick in strategy["tables"][0]["picks"] if pick["n"] == 4 and pick["bin"] == "hard"]
+    hard[0]["method"] = json.loads((tmp_path / "beam" / "run.json").read_text())["method"]
+    file.write_text(json.dumps(strategy))
+    auto = ["--method", "auto", "--strategy", file, "--n", 4]
+    for how, by in (([], "predicted"), (["--difficulty", pilot], "known")):
+        code, shown, _ = run("eval", *own, *task, *auto, *how, "--out", tmp_path / by, "--json")
+        assert code == 0 and json.loads(shown.splitlines()[-1])["method"] == "auto" and json.loads(shown.splitlines()[-1])["n"] == 4
+        records = [json.loads(line) for line in (tmp_path / by / "problems.jsonl").read_text().splitlines()]
+        assert {record["choice"]["by"] for record in records} == {by}
+        assert all((record["method"]["name"] == "beam") == (record["choice"]["bin"] == "hard") for record in records)
+        code, shown, _ = run("score", tmp_path / by)
+        assert code == 0 and "all as their records say" in shown
+
+    refused = [
+        (["fit", *runs, "--pilot", tmp_path / "beam", "--out", file], "beam is a run of beam: only independent draws"),
+        (["fit", tmp_path / "predicted", "--pilot", pilot, "--out", file], "is a run of 'auto', and a strategy chooses among cot"),
+        (
+            ["eval", *own, *task, *auto, "--seed", 1, "--difficulty", pilot, "--out", tmp_path / "x"],
+            "share their draws, both of seed 1",
+        ),
+        (["eval", *own, *task[:-1], 12, *auto, "--difficulty", pilot, "--out", tmp_path / "x"], "how hard 2 of the problems are"),
+        (["solve", PROBLEM, *own, *auto, "--n", 16], "no method for easy problems at n=16; its budgets: 1, 4"),
+        (["solve", PROBLEM, "--method", "auto", "--strategy", file, "--n", 4], "no table for policy-s with prm-good"),
+    ]
+    for argv, words in refused:
+        code, shown, err = run(*argv)
+        assert (code, shown) == (2, "") and words in err and err.count("\n") == 1, err
+    assert not (tmp_path / "x").exists()
 
 
 # --- score, rescore, convert ----------------------------------------------------------------------------------------------

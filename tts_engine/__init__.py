@@ -19,6 +19,7 @@ _HOMES = {
     "SearchResult": "results",
     "Problem": "tasks.problems",
     "load_task": "tasks.problems",
+    "make_auto": "strategy.auto",
     **dict.fromkeys(("Cot", "Majority", "BestOfN", "BeamSearch", "Dvts", "Rebase", "Rules", "make_method"), "search"),
 }
 __all__ = ["__version__", *_HOMES]

@@ -26,7 +26,7 @@ from .tasks.problems import A_FILE, TASKS, find_task
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 POLICY, PRM, METHOD, BUDGET = "policy-s", "prm-good", "beam", 16
-NO_PRM = "none"
+NO_PRM, AUTO = "none", "auto"
 LONGEST, ENDING = 800, 200  # characters of a sentence that are shown, the last ones among them: what it quotes may be endless
 MOST_THREADS = 1024
 
@@ -90,7 +90,7 @@ ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
         "float32, bfloat16, or 8-bit products: int8 on a CPU, fp8 on a GPU (default: float32 on a CPU, bfloat16 on a GPU)",
     ),
     ("device", str, "cpu or cuda (default cpu)"),
-    ("backend", str, "attention: native, per_branch, reference; on a GPU triton_tree, triton_blind too (default: native, there triton_tree)"),
+    ("backend", str, "attention: native, per_branch, reference; on a GPU triton_tree, triton_blind (default: native, triton_tree)"),
     ("kv_bytes", size, "keys and values of both models, in bytes; 512M, 4G (default 512M)"),
     ("block_size", whole, f"tokens a KV block (default 16; {BLOCK_SIZE} for the models that ship)"),
     ("max_rows", whole, "draws decoded side by side (default 512)"),
@@ -146,13 +146,15 @@ def make_parser() -> Parser:
     add_engine_options(engine.add_argument_group("engine"), [name for name, *_ in ENGINE_OPTIONS])
 
     group = method.add_argument_group("method")
-    group.add_argument("--method", choices=METHODS, default=METHOD, help=f"{', '.join(METHODS)} (default {METHOD})", metavar="M")
+    text = f"{', '.join(METHODS)}, or {AUTO}: what --strategy has for the problem (default {METHOD})"
+    group.add_argument("--method", choices=[*METHODS, AUTO], default=METHOD, help=text, metavar="M")
     group.add_argument("--n", type=integer, help=f"candidate steps a round, or whole solutions (default {BUDGET}; cot has none)")
     group.add_argument("--width", type=integer, help="draws for each kept branch, for beam and dvts (default 4)")
     group.add_argument("--rules", choices=PRESETS, metavar="R", help=f"{', '.join(PRESETS)}, as documented (default paper)")
     group.add_argument("--temperature", type=real, help="of the draws (default: the rules', 0.7 or 0.8; cot is greedy)")
     group.add_argument("--max-steps", type=integer, metavar="STEPS", help="steps after which a solution is cut (default 40)")
     group.add_argument("--seed", type=integer, default=0, help="of all random numbers (default 0)")
+    group.add_argument("--strategy", metavar="FILE", help=f"for --method {AUTO}: as fit wrote it, or paper_table")
     json_last.add_argument("--json", action="store_true", help="end with one JSON line on standard output")
 
     parser = Parser(prog="tts-engine", description="A policy writes steps, a reward model scores them, a search keeps the best.")
@@ -174,6 +176,27 @@ def make_parser() -> Parser:
     evaluate.add_argument("--split", default="test", help="of the task (default %(default)s)")
     evaluate.add_argument("--limit", type=whole, metavar="K", help="only the first K problems (default: all)")
     evaluate.add_argument("--out", type=Path, required=True, metavar="DIR", help="made, or continued where it stopped")
+    text = (
+        f"for --method {AUTO}: a majority or best_of_n run of the same problems with another seed, whose share of right answers "
+        "says how hard they are; by default that is predicted"
+    )
+    evaluate.add_argument("--difficulty", type=Path, metavar="DIR2", help=text)
+
+    fit = verb(
+        "fit", run_fit, "choose the best method for every difficulty and budget, from runs on calibration problems", json_last
+    )
+    fit.add_argument("run_directories", type=Path, nargs="+", metavar="DIR", help="runs to choose among, as eval wrote them")
+    fit.add_argument("--pilot", type=Path, action="append", required=True, metavar="DIR", help="a majority or best_of_n run of the "
+                     "same problems with another seed, which says how hard they are; one a policy, or policy and PRM")  # fmt: skip
+    fit.add_argument("--out", type=Path, required=True, metavar="FILE", help="the strategy to write")
+    fit.add_argument("--bins", choices=("absolute", "quantile"), default="absolute", help="of difficulty (default %(default)s)")
+    fit.add_argument("--edges", type=listed(share), metavar="P,P", help="pass rates that part absolute bins (default 0.5,0.1)")
+    fit.add_argument("--quantiles", type=whole, default=5, metavar="K", help="quantile bins (default %(default)s)")
+    fit.add_argument("--draws", type=not_negative, default=4, metavar="K", help="pilot draws of every search that predict how hard "
+                     "its problem is; 0: it will be told (default %(default)s)")  # fmt: skip
+    fit.add_argument(
+        "--budgets", type=listed(whole), default=(), metavar="N,N", help="to choose for (default: every n of the runs)"
+    )
 
     score = verb("score", run_score, "choose anew among the stored trees of a run, without a model", json_last)
     score.add_argument("run_directory", type=Path, metavar="DIR", help="as eval or rescore wrote it")
@@ -260,8 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_solve(args: argparse.Namespace) -> int:
-    method = chosen_method(args)
-    policy, prm, settings = chosen_engine(args, method)
+    method, policy, prm, settings = chosen_search(args)
     from .engine import Engine
     from .report.solution import solution
     from .report.tree import tree
@@ -275,16 +297,17 @@ def run_solve(args: argparse.Namespace) -> int:
         if args.tree:
             screen.print(tree(result), "")
         screen.print(solution(result))
+        if result.choice is not None:
+            screen.print(f"method: {result.method.name} n={result.method.n}, {choice_words(result.choice)}", markup=False)
         if args.json:
             print(json.dumps(describe_result(result, engine.grader)))
     return 0
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    method = chosen_method(args)
     task = find_task(args.task)
     problems = task.load(args.split)
-    policy, prm, settings = chosen_engine(args, method)
+    method, policy, prm, settings = chosen_search(args, task.name, problems[: args.limit])
     from .engine import Engine, EngineConfig
     from .models.weights import resolve_checkpoint
     from .report.progress import Progress
@@ -321,6 +344,30 @@ def run_eval(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(cell.as_dict() | {"failed": len(failed), "out": str(args.out)}))
     return EXIT_FAILED if failed else 0
+
+
+def run_fit(args: argparse.Namespace) -> int:
+    from .report.strategy_table import confusion_table, pick_table
+    from .runs import describe_making
+    from .strategy.choose import fit
+
+    if args.out.is_dir():
+        raise EngineError(f"--out {args.out} is a directory, not a file")
+    runs = [evidence(directory) for directory in args.run_directories]
+    pilots = [evidence(directory, draws=True) for directory in args.pilot]
+    edges = {} if args.edges is None else {"edges": args.edges}
+    strategy = fit(runs, pilots, name=args.out.stem, versions=describe_making()["versions"], kind=args.bins, draws=args.draws,
+                   quantiles=args.quantiles, budgets=args.budgets, **edges)  # fmt: skip
+    strategy.save(args.out)
+    screen = console()
+    for table in strategy.tables:
+        screen.print(pick_table(asdict(table)))
+        if table.predictor is not None:
+            screen.print(confusion_table(asdict(table)))
+    screen.print(f"in {args.out}", markup=False, highlight=False)
+    if args.json:
+        print(json.dumps({"out": str(args.out), "strategy": asdict(strategy)}))
+    return 0
 
 
 def run_score(args: argparse.Namespace) -> int:
@@ -509,15 +556,82 @@ def chosen_method(args: argparse.Namespace) -> Method:
     return make_method(args.method, **settings)
 
 
-def chosen_engine(args: argparse.Namespace, method: Method) -> tuple[str | Path, str | Path | None, dict[str, Any]]:
-    """Policy, PRM (none where the method reads none) and EngineConfig's settings, of options checked as far as they can be."""
+def chosen_search(args: argparse.Namespace, task: str | None = None, problems: Sequence[Any] = ()) -> tuple[Any, Any, Any, dict]:
+    """The method or the chooser of one, and what chosen_engine gives, of options checked as far as they can be."""
+    difficulty = getattr(args, "difficulty", None)
+    if args.method != AUTO:
+        for name, value in {"strategy": args.strategy, "difficulty": difficulty}.items():
+            if value is not None:
+                raise EngineError(f"--{name} is for --method {AUTO}")
+        method = chosen_method(args)
+        return method, *chosen_engine(args, method)
+    if args.strategy is None:
+        raise EngineError(f"--method {AUTO} needs --strategy: a file that fit wrote, or paper_table")
+    for name in ("width", "rules", "temperature", "max_steps"):
+        if getattr(args, name) is not None:
+            raise EngineError(f"{AUTO} has no setting {name!r}: the strategy has it")
+    from .strategy.auto import Auto, table_for
+    from .strategy.choose import load_strategy
+
+    strategy = load_strategy(args.strategy)
+    policy, prm, settings = chosen_engine(args, None)
+    load = settings.get("load", "weights")
+    table = table_for(strategy, policy=policy, prm=prm, task=task, load=load)
+    known = {} if difficulty is None else known_bins(difficulty, table.bins, policy, load, args.seed, problems)
+    auto = Auto(strategy=strategy, table=table, n=BUDGET if args.n is None else args.n, known=known)
+    return auto, policy, prm if auto.uses_prm else None, settings
+
+
+def known_bins(source: Path, bins: Any, policy: str | Path, load: str, seed: int, problems: Sequence[Any]) -> dict[str, str]:
+    """How hard each problem is for this policy, by the draws of a run with another seed."""
+    from .models.weights import resolve_checkpoint
+    from .runs import describe_model
+    from .strategy.difficulty import refuse_as_pilot, refuse_shared_draws
+
+    told = evidence(source, draws=True)
+    refuse_as_pilot(told.description, told.name)
+    model = describe_model(resolve_checkpoint(policy, load), load)
+    if told.policy != model["sha256"]:
+        raise EngineError(f"{source} is a run of {told.description['policy']['name']} and not of this policy, for which other "
+                          "problems are hard")  # fmt: skip
+    refuse_shared_draws(told.description, told.name, {"policy": model, "seed": seed}, "this run")
+    known = {id: bins.of(draws.pass_rate) for id, draws in told.draws.items() if draws is not None}
+    if missing := [problem.id for problem in problems if problem.id not in known]:
+        raise EngineError(f"{source} does not tell how hard {len(missing)} of the problems are, {missing[0]} among them")
+    return {problem.id: known[problem.id] for problem in problems}
+
+
+def evidence(directory: Path, *, draws: bool = False) -> Any:
+    """A run on the disk as what a strategy is fitted to: outcomes, or a pilot's draws. Raises RunError or StrategyError."""
+    from .runs import read_description
+    from .score import read_trees
+    from .strategy.choose import Evidence, outcome_of
+    from .strategy.difficulty import read_draws
+    from .tasks.grader import Grader
+
+    description = read_description(directory)
+    found = Evidence(str(directory), description)
+    with Grader() as grader:
+        for stored in read_trees(directory):
+            record = stored.record
+            if draws:
+                found.draws[record["id"]] = read_draws(record, grader)
+            else:
+                found.outcomes[record["id"]] = outcome_of(record)
+    found.check()
+    return found
+
+
+def chosen_engine(args: argparse.Namespace, method: Method | None) -> tuple[str | Path, str | Path | None, dict[str, Any]]:
+    """Policy, PRM (none where the method reads none; None: yet to be chosen) and EngineConfig's settings, of options checked as far
+    as they can be."""
     given = {name: getattr(args, name) for name, *_ in ENGINE_OPTIONS}
     settings = {name: value for name, value in given.items() if value is not None}
     ships = args.policy in NAMES
     if ships:
         settings.setdefault("block_size", BLOCK_SIZE)
     prm = args.prm if args.prm is not None or not ships else PRM
-    if method.uses_prm and prm is None:
+    if method is not None and method.uses_prm and prm is None:
         raise EngineError(f"{method.name} needs a PRM: give --prm")
     if not is_text(args.system or ""):
         raise EngineError("the system message is not UTF-8")
@@ -526,7 +640,7 @@ def chosen_engine(args: argparse.Namespace, method: Method) -> tuple[str | Path,
     models = [local_directory(name) or name if name is not None else None for name in (args.policy, prm)]
     policy = models[0]
     assert policy is not None
-    return policy, models[1] if method.uses_prm else None, settings
+    return policy, models[1] if method is None or method.uses_prm else None, settings
 
 
 def chosen_cases(args: argparse.Namespace) -> list[Any]:
@@ -564,9 +678,19 @@ def show_choices(screen: Any, records: Sequence[dict[str, Any]], title: str) -> 
         screen.print(row, markup=False)
 
 
+def choice_words(choice: dict[str, Any]) -> str:
+    """How a strategy came to the method."""
+    if choice["bin"] is None:
+        return f"which {choice['strategy']} has for all problems"
+    chance = f" (chance {100 * choice['chances'][choice['bin']]:.0f} %)" if "chances" in choice else ""
+    return f"which {choice['strategy']} has for {choice['bin']} problems; {choice['by']} to be one{chance}"
+
+
 def choices(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The same for JSON: of how many problems, how many each way solves."""
-    names = dict.fromkeys(name for record in records for name in record["aggregates"])
+    from .report.table import shared_aggregates
+
+    names = shared_aggregates(records)
     solved = {name: sum(bool(record["aggregates"].get(name, {}).get("correct")) for record in records) for name in names}
     failed = sum(record["error"] is not None for record in records)
     return {"problems": len(records), "failed": failed, "correct": sum(bool(r["correct"]) for r in records), "aggregates": solved}

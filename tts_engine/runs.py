@@ -20,7 +20,7 @@ from .errors import EngineError, RunError
 from .ledger import Ledger
 from .report.tree import in_order
 from .report.versions import package_version
-from .results import SearchResult
+from .results import Chooser, SearchResult
 from .search import Method
 from .tasks.grader import Grader
 from .tasks.problems import Problem
@@ -39,7 +39,7 @@ Told = Callable[[dict[str, Any]], None]  # who is told of a record
 
 
 def describe_run(
-    *, policy: Path, prm: Path | None, config: "EngineConfig", method: Method, seed: int,
+    *, policy: Path, prm: Path | None, config: "EngineConfig", method: Method | Chooser, seed: int,
     task: str, split: str, limit: int | None, problems: Sequence[Problem],
 ) -> dict[str, Any]:  # fmt: skip
     """What run.json holds. `problems` are all of the task's split; `limit` says how many of them are asked."""
@@ -75,8 +75,9 @@ def describe_records(directory: Path) -> dict[str, Any]:
     return {"problems": len(ends), "sha256": {RUN: _sha256(directory / RUN), PROBLEMS: digest.hexdigest()}}
 
 
-def describe_method(method: Method) -> dict[str, Any]:
-    return {"name": method.name, **asdict(method)}  # type: ignore[call-overload]
+def describe_method(method: Method | Chooser) -> dict[str, Any]:
+    own = method.describe() if isinstance(method, Chooser) else asdict(method)  # type: ignore[call-overload]
+    return {"name": method.name, **own}
 
 
 def describe_model(directory: Path, load: str = "weights") -> dict[str, Any]:
@@ -97,7 +98,8 @@ def describe_model(directory: Path, load: str = "weights") -> dict[str, Any]:
 
 
 def describe_result(result: SearchResult, grader: Grader) -> dict[str, Any]:
-    """A finished problem for problems.jsonl: every step drawn as a node, the vote, the verdicts, the cost.
+    """A finished problem for problems.jsonl: every step drawn as a node, the vote, the verdicts, the cost, and how a Chooser came
+    to its method.
 
     nodes[i]["parent"] is an index into nodes, always below i, or -1 for the prompt. Raises MissingExtra where a verdict takes
     math-verify and it is not installed.
@@ -111,6 +113,8 @@ def describe_result(result: SearchResult, grader: Grader) -> dict[str, Any]:
     ledger = result.ledger.as_dict()
     ledger["phases"]["grading"] += time.perf_counter() - began
     known = _header(result.problem, result.method, result.seed) | choice
+    if result.choice is not None:
+        known["choice"] = result.choice
     return known | {
         "prompt_tokens": list(root.tokens) if root else [],
         "nodes": [
@@ -278,12 +282,16 @@ def refuse_unless_same(directory: Path, made: dict[str, Any], asked: dict[str, A
     raise RunError(f"{directory} was made with {have}, not {want}{more}; use its settings to continue it, or choose another --out")
 
 
-def evaluate(engine: "Engine", problems: Sequence[Problem], method: Method, run: Run, *, seed: int, finished: Told) -> None:
+def evaluate(
+    engine: "Engine", problems: Sequence[Problem], method: Method | Chooser, run: Run, *, seed: int, finished: Told
+) -> None:  # fmt: skip
     """Search what the run lacks; `finished` is told of each record once it is on the disk.
 
     A problem that can never fit is recorded as an error and the rest go on; where none fits, that is an error of the settings
-    and raised. So is one whose search the PRM cannot read to its end.
+    and raised. So is one whose search the PRM cannot read to its end. Where a Chooser would have chosen, an error is recorded under
+    the last of its methods, none being chosen.
     """
+    stand_in = method.methods[-1] if isinstance(method, Chooser) else method
     done = run.done
     waiting = [problem for problem in problems if problem.id not in done]
     refused = {problem.id: error for problem in waiting if (error := _refusal(engine, problem, method, seed))}
@@ -292,10 +300,10 @@ def evaluate(engine: "Engine", problems: Sequence[Problem], method: Method, run:
     put = timed(run, finished)
     for problem in waiting:
         if problem.id in refused:
-            put(describe_failure(problem, method, seed, refused[problem.id]))
+            put(describe_failure(problem, stand_in, seed, refused[problem.id]))
 
     def failed(problem: Problem, error: EngineError) -> None:
-        put(describe_failure(problem, method, seed, error))
+        put(describe_failure(problem, stand_in, seed, error))
 
     for result in engine.stream([p for p in waiting if p.id not in refused], method, seed=seed, failed=failed):
         put(describe_result(result, engine.grader))
@@ -318,7 +326,7 @@ def timed(run: Run, finished: Told) -> Told:
     return put
 
 
-def _refusal(engine: "Engine", problem: Problem, method: Method, seed: int) -> EngineError | None:
+def _refusal(engine: "Engine", problem: Problem, method: Method | Chooser, seed: int) -> EngineError | None:
     """Why this problem cannot be searched; None where it can. Nothing is computed."""
     try:
         engine.stream(problem, method, seed=seed)

@@ -77,10 +77,11 @@ def cell_of(records: Iterable[dict[str, Any]], policy: str, uses_prm: bool) -> C
         if record["ledger"]:
             total.add(Ledger.from_dict(record["ledger"]))
     total.seconds = sum(record["seconds"] for record in ordered)
+    chosen = next((record["choice"] for record in ordered if record.get("choice")), None)  # problem by problem
     return Cell(
         policy=policy,
-        method=ordered[0]["method"]["name"],
-        n=ordered[0]["method"].get("n", 1),
+        method=ordered[0]["method"]["name"] if chosen is None else "auto",
+        n=ordered[0]["method"].get("n", 1) if chosen is None else chosen["n"],
         uses_prm=uses_prm,
         ids=tuple(record["id"] for record in ordered),
         correct=tuple(bool(record["correct"]) for record in ordered),
@@ -134,9 +135,16 @@ def table(cells: Sequence[Cell], title: str, width: int) -> Table:
     return drawn
 
 
+def shared_aggregates(records: Sequence[dict[str, Any]]) -> list[str]:
+    """The ways of choosing that all problems have; where methods differ from problem to problem some read a PRM and some do not.
+    A problem that failed has none and does not count."""
+    each = [record["aggregates"] for record in records if record["aggregates"]]
+    return [name for name in each[0] if all(name in one for one in each)] if each else []
+
+
 def aggregate_rows(records: Sequence[dict[str, Any]]) -> list[str]:
-    """One line for each way of choosing among the branches: its share of problems solved. None where there was one branch."""
-    names = dict.fromkeys(name for record in records for name in record["aggregates"])
+    """One line for each way of choosing among the branches: its share of problems solved."""
+    names = shared_aggregates(records)
     lines = []
     for name in names:
         solved = sum(bool(record["aggregates"].get(name, {}).get("correct")) for record in records)
