@@ -91,7 +91,7 @@ def test_ticks_over_any_tree_draw_what_they_draw_one_by_one(decoder):
     graphs, stops = DecodeGraphs(decoder, cache, TritonTreeAttention("cpu"), **rule), set()
     for number in range(50):
         rng = random.Random(number)
-        paths, slots = random_tree(rng, 5, rng.choice([1, 1, 1, 2, 4]))
+        paths, slots = random_tree(rng, 4, rng.choice([1, 1, 1, 2, 3]))
         draws = random_draws(rng, paths, slots, SETTINGS if number % 4 == 0 else SETTINGS[:2])
         fill(cache, paths, number)
         outlook = graphs.plan(flat_layout(paths, [1] * len(paths)))
@@ -119,7 +119,7 @@ def test_a_draw_that_is_no_token_stops_its_row_alone(decoder, monkeypatch):
     monkeypatch.setattr(decoder, "logits", lambda hidden: whole(hidden).index_fill(0, torch.tensor([0]), torch.nan))
     paths, slots = [[0, 1, 2], [3, 4, 5]], np.array([[2, 5], [6, 7]])
     nines = np.array([9, 9], np.int32)
-    draws = replace(random_draws(random.Random(0), paths, slots, SETTINGS[:2]), room=nines, state=nines)
+    draws = replace(random_draws(random.Random(0), paths, slots, SETTINGS[2:]), room=nines, state=nines)
     cache = poisoned_cache(decoder.spec, SLOTS)
     fill(cache, paths, 0)
     graphs = DecodeGraphs(decoder, cache, TritonTreeAttention("cpu"), after=None, ends=ENDS & False, last_state=0)
@@ -305,9 +305,9 @@ def test_a_whole_search_with_the_kernels_is_the_same_on_end(decoder, rule):
             monitor(graphs)
         policy = Policy(runner, rule, max_rows=8, graphs=graphs)
         program = Majority(n=2).program(root_branch(range(20, 33)))
-        drawn = draw_all(policy, program, 13, temperature=0.8, max_tokens=14, max_step_tokens=12)
+        drawn = draw_all(policy, program, 13, temperature=0.8, max_tokens=11, max_step_tokens=8)
         found.append({(node.identity, node.tokens, node.finish) for node in drawn.nodes})
-    assert found[0] == found[1] and sum(graphs.begun) >= 8
+    assert found[0] == found[1] and sum(graphs.begun) >= 6
 
 
 def test_why_a_row_leaves_is_told_by_the_same_numbers_everywhere():

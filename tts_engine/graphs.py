@@ -19,11 +19,13 @@ from .attention.base import BatchLayout
 from .attention.triton_tree import RESERVE, Cut, TableBuffers, TritonTreeAttention
 from .kv.cache import KVCache
 from .models.decoder import Decoder
+from .models.linear import Plain
 
 TICKS = 8  # on end, at most
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, *range(256, 1024, 64), *range(1024, 4097, 256))
 WIDE_ROWS = 64  # the tile class that a graph's kernel has, beside that for narrow items: whatever the tree, it is the same kernel
 ITEMS, MOST_ITEMS = 8, 1024  # for each row at least; in all where rows are few and their paths are cut into many
+FUSED_ROWS = 256  # up to which the vocabulary's product waits for memory: draws are made within it, and logits are not written
 SEGMENTS = 64  # for each row: steps above it that others share
 RESULTS = ("state", "stop", "drawn", "tokens")  # columns that come back
 
@@ -74,9 +76,13 @@ class DecodeGraphs:
                  ends: np.ndarray, last_state: int) -> None:  # fmt: skip
         """after uint8 [states, V], ends bool [V], last_state: the step rule's, as kernels/advance.py takes them."""
         from tts_kernels.advance import advance
+        from tts_kernels.lm_head_sample import DEPTH, lm_head_sample
         from tts_kernels.sample import sample
 
-        self._sample, self._advance = sample, advance
+        self._sample, self._lm_head_sample, self._advance = sample, lm_head_sample, advance
+        head = decoder.weights.lm_head
+        fuses = isinstance(head, Plain) and head.bias is None and head.shape[1] % DEPTH == 0 and not decoder.deterministic
+        self._lm_head = head.weight if fuses else None  # type: ignore[union-attr]
         self._decoder, self._cache, self._attention = decoder, cache, attention
         self._device = decoder.device
         self._after = None if after is None else torch.from_numpy(after).to(self._device)
@@ -124,9 +130,9 @@ class DecodeGraphs:
     def finish(self) -> Drawn:
         """Wait for what was started."""
         assert self._under_way is not None, "nothing was started"
-        (bucket, ticks, num_rows), self._under_way = self._under_way, None
         if self._captures:
             self._done.synchronize()
+        (bucket, ticks, num_rows), self._under_way = self._under_way, None
         host = bucket.columns.host
         return Drawn(tokens=host["tokens"][:ticks, :num_rows].copy(),
                      **{name: host[name][:num_rows].copy() for name in RESULTS[:-1]})  # fmt: skip
@@ -137,10 +143,12 @@ class DecodeGraphs:
         attention: Any = bucket
         hidden = self._decoder.forward(rows.token, rows.position, cache=self._cache, backend=attention, plan=attention,
                                        read_at=bucket.every, read_plan=attention)  # fmt: skip
-        logits = self._decoder.logits(hidden)
-        limits = [given[name] for name in ("top_k", "top_p", "min_p")] if restricted else []
-        new = self._sample(logits, bucket.every, given["key"], given["identity"], rows.next_position, given["temperature"],
-                                    *limits)  # fmt: skip
+        who = (bucket.every, given["key"], given["identity"], rows.next_position, given["temperature"])
+        if self._lm_head is not None and not restricted and bucket.size <= FUSED_ROWS:
+            new = self._lm_head_sample(hidden, self._lm_head, *who)
+        else:
+            limits = [given[name] for name in ("top_k", "top_p", "min_p")] if restricted else []
+            new = self._sample(self._decoder.logits(hidden), *who, *limits)
         self._advance(rows, new, self._after, self._ends, last_state=self._last_state)
 
     def _made(self, bucket: "_Bucket", restricted: bool) -> Callable[[], None]:
