@@ -270,6 +270,15 @@ PYBIND11_MODULE(_C, module) {
       .def("available", &KVTree::available)
       .def("evict", &KVTree::evict, py::arg("num_blocks"))
       .def("evict_all", &KVTree::evict_all)
+      .def("resize",
+           [](KVTree& tree, int64_t num_blocks) -> py::object {
+             const auto moves = tree.resize(num_blocks);
+             return moves ? py::object(table(*moves)) : py::none();
+           },
+           py::arg("num_blocks"))
+      .def("extent", &KVTree::extent)
+      .def_property_readonly("evicted", &KVTree::evicted)
+      .def_property_readonly("refused", &KVTree::refused)
       .def("counts",
            [](const KVTree& tree) {
              const tts::Counts now = tree.counts();

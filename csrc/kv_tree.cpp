@@ -16,6 +16,13 @@ void refuse_unless_within(int64_t computed, const Tokens& tokens) {
     refuse(str(computed) + " computed tokens in a step of " + str(tokens.size()));
 }
 
+void refuse_unless_pool(int64_t num_blocks, int64_t block_size) {
+  if (num_blocks <= 0 || block_size <= 0)
+    refuse("a KV tree needs blocks and slots, got " + str(num_blocks) + " blocks of " + str(block_size) + " slots");
+  if (num_blocks > std::numeric_limits<int32_t>::max() / block_size)
+    refuse(str(num_blocks) + " blocks of " + str(block_size) + " slots do not fit 32-bit slot numbers");
+}
+
 [[noreturn]] void report(const std::string& sentence) {
   throw std::logic_error("the KV tree's books are wrong: " + sentence);
 }
@@ -55,10 +62,7 @@ struct KVTree::PinGuard {
 };
 
 KVTree::KVTree(int64_t num_blocks, int64_t block_size) : num_blocks_(num_blocks), block_size_(block_size) {
-  if (num_blocks <= 0 || block_size <= 0)
-    refuse("a KV tree needs blocks and slots, got " + str(num_blocks) + " blocks of " + str(block_size) + " slots");
-  if (num_blocks > std::numeric_limits<int32_t>::max() / block_size)
-    refuse(str(num_blocks) + " blocks of " + str(block_size) + " slots do not fit 32-bit slot numbers");
+  refuse_unless_pool(num_blocks, block_size);
   free_.reserve(num_blocks);
   for (int64_t block = num_blocks; block-- > 0;) free_.push_back(static_cast<int32_t>(block));
 }
@@ -234,9 +238,48 @@ int64_t KVTree::blocks_for(int64_t num_tokens) const noexcept { return (num_toke
 
 // Everything idle can be evicted, for no descendant of an idle node is pinned: what cannot succeed evicts nothing.
 bool KVTree::make_room(int64_t num_blocks) noexcept {
-  if (available() < num_blocks) return false;
-  while (static_cast<int64_t>(free_.size()) < num_blocks) evict_oldest();
+  if (available() < num_blocks) {
+    ++refused_;
+    return false;
+  }
+  while (static_cast<int64_t>(free_.size()) < num_blocks) evicted_ += evict_oldest();
   return true;
+}
+
+// A smaller pool keeps what fits of the idle nodes, and the blocks beyond its end are moved into free ones below it.
+std::optional<std::vector<Move>> KVTree::resize(int64_t num_blocks) {
+  refuse_unless_pool(num_blocks, block_size_);
+  if (filling_ + pinned_ > num_blocks) return std::nullopt;
+  std::vector<Move> moves;
+  moves.reserve(std::max<int64_t>(num_blocks_ - num_blocks, 0));
+  free_.reserve(num_blocks);
+  while (num_blocks_ - static_cast<int64_t>(free_.size()) > num_blocks) evicted_ += evict_oldest();
+  free_.erase(std::remove_if(free_.begin(), free_.end(), [&](int32_t block) { return block >= num_blocks; }), free_.end());
+  const auto move = [&](Blocks& blocks) {
+    for (int32_t& block : blocks)
+      if (block >= num_blocks) {
+        moves.push_back({block, free_.back()});
+        block = free_.back();
+        free_.pop_back();
+      }
+  };
+  nodes_.for_each_item([&](Node& node) { move(node.blocks); });
+  leases_.for_each_item([&](Lease& lease) { move(lease.blocks); });
+  if (num_blocks > num_blocks_) {  // under the others: low numbers are taken first
+    Blocks more(num_blocks - num_blocks_);
+    std::iota(more.rbegin(), more.rend(), static_cast<int32_t>(num_blocks_));
+    free_.insert(free_.begin(), more.begin(), more.end());
+  }
+  num_blocks_ = num_blocks;
+  return moves;
+}
+
+int64_t KVTree::extent() const {
+  std::vector<bool> is_free(num_blocks_, false);
+  for (int32_t block : free_) is_free[block] = true;
+  int64_t extent = num_blocks_;
+  while (extent > 0 && is_free[extent - 1]) --extent;
+  return extent;
 }
 
 void KVTree::take(Blocks& blocks, int64_t num_blocks) noexcept {

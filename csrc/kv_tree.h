@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -24,6 +25,10 @@ using Blocks = std::vector<int32_t>;
 
 struct Counts {
   int64_t free, filling, pinned, idle;  // blocks
+};
+
+struct Move {
+  int32_t from, to;  // blocks
 };
 
 // B runs of consecutive new tokens, T in all.
@@ -89,6 +94,12 @@ class Pool {
       if (slots_[i].live) visit(handle(i), slots_[i].item);
   }
 
+  template <class Visit>
+  void for_each_item(Visit visit) {
+    for (Slot& slot : slots_)
+      if (slot.live) visit(slot.item);
+  }
+
  private:
   struct Slot {
     T item;
@@ -134,6 +145,10 @@ class KVTree {
   // Room.
   int64_t evict(int64_t num_blocks);  // blocks freed: at least num_blocks unless everything idle is gone
   int64_t evict_all() { return evict(num_blocks_); }
+  std::optional<std::vector<Move>> resize(int64_t num_blocks);  // nothing, and nothing has changed, if it does not fit now
+  int64_t extent() const;                                       // blocks up to the last one in use
+  int64_t evicted() const noexcept { return evicted_; }
+  int64_t refused() const noexcept { return refused_; }
   Counts counts() const noexcept;
   int64_t available() const noexcept { return static_cast<int64_t>(free_.size()) + idle_; }
   void check() const;  // recounts everything; std::logic_error with a sentence if the books are wrong
@@ -202,6 +217,7 @@ class KVTree {
   Blocks free_;                                       // a stack; its capacity is the pool
   int64_t filling_ = 0, pinned_ = 0, idle_ = 0;       // blocks
   int64_t clock_ = 0;
+  int64_t evicted_ = 0, refused_ = 0;  // blocks of idle nodes given up for others; times that there was no room
 };
 
 }  // namespace tts

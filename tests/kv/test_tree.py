@@ -20,6 +20,8 @@ class Model:
         self.leases = {}  # handle -> [parent, tokens of room]
         self.dead = []
         self.clock = 0
+        self.num_blocks = NUM_BLOCKS
+        self.evicted = self.refused = 0
 
     def touch(self, node):
         self.clock += 1
@@ -40,7 +42,7 @@ class Model:
         filling = sum(blocks_needed(room, BLOCK_SIZE) for _, room in self.leases.values())
         pinned = sum(size[h] for h in self.pinned())
         idle = sum(size.values()) - pinned
-        return NUM_BLOCKS - filling - pinned - idle, filling, pinned, idle
+        return self.num_blocks - filling - pinned - idle, filling, pinned, idle
 
     def evict_one(self):
         keep = self.pinned() | {n[0] for n in self.nodes.values()}
@@ -53,7 +55,8 @@ class Model:
     def make_room(self, num_blocks):
         free, _, _, idle = self.counts()
         while self.counts()[0] < num_blocks <= free + idle:
-            self.evict_one()
+            self.evicted += self.evict_one()
+        self.refused += num_blocks > free + idle
         return num_blocks <= free + idle
 
     def extend(self, lease, num_tokens):
@@ -225,12 +228,38 @@ class TreeMachine(RuleBasedStateMachine):
             freed += more
         assert self.tree.evict(num_blocks) == freed
 
+    @rule(num_blocks=st.integers(1, 2 * NUM_BLOCKS))
+    def resize(self, num_blocks):
+        _, filling, pinned, _ = self.model.counts()
+        before = self.slots()
+        moves = self.tree.resize(num_blocks)
+        assert (moves is None) == (filling + pinned > num_blocks)
+        if moves is None:
+            assert self.slots() == before
+            return
+        while sum(self.model.counts()[1:]) > num_blocks:
+            self.model.evicted += self.model.evict_one()
+        assert moves.shape[1] == 2 and (moves[:, 0] >= num_blocks).all() and (moves[:, 1] < num_blocks).all()
+        self.model.num_blocks = num_blocks
+        blocks = np.full((num_blocks, BLOCK_SIZE), -1)
+        old = self.memory.reshape(-1, BLOCK_SIZE)
+        kept = min(num_blocks, len(old))
+        blocks[:kept] = old[:kept]
+        blocks[moves[:, 1]] = old[moves[:, 0]]
+        blocks[self.tree.extent :] = -1  # nothing is there
+        self.memory = blocks.ravel()
+
+    def slots(self):
+        nodes = [self.tree.write_slots([node], [False], [0], [len(n[1])]).tolist() for node, n in self.model.nodes.items()]
+        return nodes + [self.tree.write_slots([lease], [True], [0], [n[1]]).tolist() for lease, n in self.model.leases.items()]
+
     @invariant()
     def agrees_with_the_model(self):
         TreeMachine.operations += 1
         tree, model = self.tree, self.model
         tree.check()
-        assert sum(tree.counts()) == NUM_BLOCKS
+        assert sum(tree.counts()) == tree.num_blocks == model.num_blocks
+        assert (tree.evicted, tree.refused) == (model.evicted, model.refused)
         assert tree.counts() == model.counts() and tree.available() == tree.counts().free + tree.counts().idle
         for node, (parent, tokens, computed, _, _) in model.nodes.items():
             assert (tree.parent(node), tree.num_tokens(node), tree.computed(node)) == (parent, len(tokens), computed)
@@ -403,6 +432,32 @@ def test_insert_fails_cleanly_when_everything_is_pinned():
     assert tree.insert(NO_NODE, list(range(5))) == NO_NODE
     assert tree.counts() == before
     tree.check()
+
+
+def test_a_smaller_pool_evicts_no_more_than_it_must_and_moves_what_lies_beyond_it():
+    tree = tree_of(num_blocks=8)
+    old, new = tree.insert(NO_NODE, [1]), tree.insert(NO_NODE, [2])
+    lease = tree.lease(new)
+    assert tree.extend(lease, 4 * 6)
+    tree.release(lease)
+    lease = tree.lease(new)
+    assert tree.extend(lease, 4 * 3)
+    tree.drop(old)
+    assert tree.resize(3) is None and tree.num_blocks == 8
+    moves = tree.resize(4)
+    assert tree.num_blocks == 4 and tree.counts() == (0, 3, 1, 0) and tree.find(NO_NODE, [1]) == NO_NODE
+    assert tree.evicted == 1 and (moves[:, 0] >= 4).all() and moves[:, 1].tolist() != [] and tree.extent == 4
+    assert not tree.extend(lease, 1)
+    assert tree.resize(6).shape == (0, 2) and tree.extend(lease, 8)
+    tree.check()
+
+
+@pytest.mark.parametrize("num_blocks", [0, -1, 1 << 31])
+def test_a_pool_of_no_size_is_refused_and_nothing_changes(num_blocks):
+    tree = tree_of()
+    with pytest.raises(ValueError, match="blocks"):
+        tree.resize(num_blocks)
+    assert tree.num_blocks == 8
 
 
 def test_what_cannot_fit_evicts_nothing():

@@ -57,7 +57,11 @@ class KVTree:
 
     def __init__(self, *, num_blocks: int, block_size: int) -> None:
         self._tree = _C.KVTree(num_blocks, block_size)
-        self.num_blocks, self.block_size = num_blocks, block_size
+        self.block_size = block_size
+
+    @property
+    def num_blocks(self) -> int:
+        return self._tree.num_blocks
 
     # Nodes
 
@@ -145,6 +149,27 @@ class KVTree:
     def evict_all(self) -> int:
         """Forget every idle node; the blocks freed."""
         return self._tree.evict_all()
+
+    def resize(self, num_blocks: int) -> np.ndarray | None:
+        """A pool of so many blocks from here on. int32 [M, 2]: blocks whose contents go elsewhere, from beyond its end to free ones
+        below it. None, with nothing changed, if what is filling or pinned does not fit; what is idle is evicted as far as it must.
+        """
+        return self._tree.resize(num_blocks)
+
+    @property
+    def extent(self) -> int:
+        """Blocks up to the last one in use."""
+        return self._tree.extent()
+
+    @property
+    def evicted(self) -> int:
+        """Blocks of idle nodes that were given up for others so far; what `evict` was asked to free is not counted."""
+        return self._tree.evicted
+
+    @property
+    def refused(self) -> int:
+        """How often there was no room so far."""
+        return self._tree.refused
 
     def counts(self) -> BlockCounts:
         return BlockCounts(*self._tree.counts())
