@@ -263,6 +263,38 @@ def test_what_a_prm_executed_had_to_be_or_was_wasted_for_a_reason(seed, num_bloc
     assert ledger.duplicate_flops == 0 and ledger.padding_flops % PRM_HEAD == 0
 
 
+@pytest.mark.parametrize(("width", "computed", "reread"), [(1, 750, 5_700), (4, 2_550, 22_800)])
+def test_a_prm_reads_no_more_than_an_ideal_one_would(width, computed, reread):
+    """A problem of 150 tokens and 12 steps of 50: the last of `width` siblings goes on."""
+    scorer = counting_scorer(num_blocks=2_000)
+    driver = Driver(twelve_rounds(width))
+    context = ScoreContext(driver=driver, opening=[7] * 150, ledger=PRMLedger(), scored=lambda step: None)
+    while not driver.done:
+        for ask in driver.asks():
+            scorer.submit(context, ask)
+        while scorer.num_open:
+            scorer.tick()
+    scorer.count(context)
+    ledger = context.ledger
+    assert (ledger.tokens_computed, ledger.tokens_reread, ledger.steps_scored) == (computed, reread, 12 * width)
+    assert wasted(ledger, padding=12 * (32 - width) * PRM_HEAD)  # a head reads tiles of 32
+    ideal = written_at(*range(1, 151))
+    for end in range(200, 751, 50):
+        ideal += width * (written_at(*range(end - 49, end + 1)) + UNREAD + end * READ_PAIR + PRM_HEAD)
+    assert ledger.ideal_flops == ledger.useful_flops == ideal
+    assert ledger.kv_distinct_bytes == (700 + 50 * width) * scorer.runner.token_bytes
+    assert ledger.kv_logical_bytes == 750 * width * scorer.runner.token_bytes
+
+
+def twelve_rounds(width: int):
+    best = root_branch(())
+    for depth in range(12):
+        children = [Branch(best, (1,), chr(65 + sibling) * 48, child_identity(best.identity, (depth,), sibling))
+                    for sibling in range(width)]  # fmt: skip
+        best = (yield Score(children))[-1]
+    return [best]
+
+
 # --- whole searches ---------------------------------------------------------------------------------------------------------
 
 PROBLEMS = [Problem(id=f"p{i}", problem=text, answer=None) for i, text in enumerate(["a=3;b=a+4;b?", "1+1?", "x=9;y=x*2;y?"])]

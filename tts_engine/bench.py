@@ -366,7 +366,7 @@ def _measure(group: list[Case], products: Callable[[str, str], float], copies: C
 # --- the ceiling ------------------------------------------------------------------------------------------------------------
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the three sides of the product, by kind of device
-COPIED = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes: more than any cache holds
+COPIED = {"cpu": 1 << 27, "cuda": 1 << 31}  # bytes: more than a processor's share of caches holds
 ROUNDS = 7
 
 
