@@ -24,8 +24,8 @@ def test_attention(benchmark, shape, name):
     benchmark.group = shape
     generator = torch.Generator().manual_seed(0)
     cache = KVCache(num_layers=1, num_blocks=rows, block_size=context, num_kv_heads=kv_heads, head_dim=dim, dtype=torch.float32)
-    cache.k.normal_(generator=generator)
-    cache.v.normal_(generator=generator)
+    for table in cache.tables:
+        table.normal_(generator=generator)
     layout = flat_layout([range(row * context, (row + 1) * context) for row in range(rows)], [new] * rows)
     q, k, v = (torch.randn(rows * new, h, dim, generator=generator) for h in (heads, kv_heads, kv_heads))
     backends = {n: make_backend(n) for n in ("reference", name)}

@@ -59,8 +59,8 @@ def load(models, kind: str | None = "qwen2.5-math-prm", *, forgetful: bool = Fal
     engine = Watched.from_pretrained(models / "policy", models / kind if kind else None, **LIMITS | settings)
     engine.forgetful = forgetful
     for runner in engine.runners:  # whoever reads a slot that was never written draws nonsense
-        runner.cache.k.fill_(torch.nan)
-        runner.cache.v.fill_(torch.nan)
+        for table in runner.cache.tables:
+            table.fill_(torch.nan)
     return engine
 
 

@@ -79,9 +79,9 @@ def random_draws(rng: random.Random, paths, slots, settings) -> Draws:
 def fill(cache, paths, seed):
     """Keys and values of all that was read before; NaN everywhere else."""
     gen, known = torch.Generator().manual_seed(seed), sorted({slot for path in paths for slot in path[:-1]})
-    for table in (cache.k, cache.v):
+    for table in cache.tables:
         table.fill_(torch.nan)
-        table[:, known] = torch.randn(table[:, known].shape, generator=gen)
+        table[known] = torch.randn(table[known].shape, generator=gen)
 
 
 def test_ticks_over_any_tree_draw_what_they_draw_one_by_one(decoder):
@@ -173,7 +173,7 @@ def engine_of(models, *, on_end: bool, **settings) -> Watched:
     """Its policy's ticks one by one, or on end."""
     engine = Watched.from_pretrained(models / "policy", models / "prm", **LIMITS | settings)
     runner, rule = engine.policy.runner, engine.policy.rule
-    for table in (runner.cache.k, runner.cache.v):
+    for table in runner.cache.tables:
         table.fill_(torch.nan)  # whoever reads a slot that was never written draws nonsense
     if on_end:
         engine.policy.graphs = TicksOneByOne(runner.decoder, runner.cache, make_backend("native", deterministic=True),

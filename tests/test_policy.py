@@ -36,8 +36,8 @@ def model(tmp_path_factory):
 def load(model, *, num_blocks: int = 200, max_rows: int = 64, **how) -> Policy:
     decoder = load_decoder(model[1], **how)
     runner = ModelRunner(decoder, make_backend("reference" if how else "per_branch"), num_blocks=num_blocks, block_size=4)
-    runner.cache.k.fill_(torch.nan)  # whoever reads what was never written draws nonsense
-    runner.cache.v.fill_(torch.nan)
+    for table in runner.cache.tables:
+        table.fill_(torch.nan)  # whoever reads what was never written draws nonsense
     return Policy(runner, MarkedSteps(token_bytes(load_tokenizer(model[1])), [0], decoder.spec.vocab_size), max_rows=max_rows)
 
 

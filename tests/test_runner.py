@@ -26,7 +26,7 @@ def runner(num_blocks: int = 32, block_size: int = 4) -> ModelRunner:
 def test_a_prompt_its_steps_and_open_leases_in_one_forward_give_transformers_logits(tmp_path, backend):
     model = random_policy_directory(tmp_path, seed=3)
     out = ModelRunner(load_decoder(tmp_path), make_backend(backend), num_blocks=24, block_size=4)
-    out.cache.k.fill_(torch.nan)
+    out.cache.k[0].fill_(torch.nan)
     prompt, left, right, tail = [7, 8, 9, 10, 11], [12], [13, 14, 15, 16], [17, 18]
     a = out.hold_path([prompt, left])
     b = out.hold_path([prompt, right])
@@ -114,3 +114,68 @@ def test_a_refusal_is_one_sentence_with_the_numbers_and_the_way_out():
     assert re.fullmatch(r"problem 7 may need 30 KV blocks of 4 tokens for a single branch \(9 prompt tokens, up to 100 tokens in 3 "
                         r"steps\) and the pool has 10 in all \(0\.0 MB\); raise kv_bytes or lower max_tokens, max_step_tokens or "
                         r"max_steps", str(refused.value))  # fmt: skip
+
+
+# Another size of its pool.
+
+
+def chain_of(out: ModelRunner, steps):
+    """A path, computed step by step; its nodes, the last one held."""
+    nodes = out.hold_path(steps)
+    before = 0
+    for node, tokens in zip(nodes, steps, strict=True):
+        out.forward(segments_of([(node, False, 0, before, tokens)]), np.array([], np.int64))
+        out.tree.set_computed(node, len(tokens))
+        before += len(tokens)
+    return nodes
+
+
+def segments_of(runs) -> Segments:
+    """(handle, is lease, tokens written of it, tokens before it, new tokens) each."""
+    return Segments(
+        handles=np.array([run[0] for run in runs]),
+        is_lease=np.array([run[1] for run in runs]),
+        starts=np.array([run[2] for run in runs], np.int32),
+        counts=np.array([len(run[4]) for run in runs], np.int32),
+        path_starts=np.array([run[3] for run in runs], np.int32),
+        token_ids=np.concatenate([run[4] for run in runs]),
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "per_branch", "native"])
+def test_a_lease_reads_the_same_path_after_every_change_of_size(tmp_path, backend):
+    """Token by token, so that a backend that keeps its plan has one to keep."""
+    model = random_policy_directory(tmp_path, seed=3)
+    out = ModelRunner(load_decoder(tmp_path), make_backend(backend), num_blocks=40, block_size=4)
+    for table in out.cache.tables:
+        table.fill_(torch.nan)
+    junk = out.hold_path([list(range(4 * 20))])[0]  # what lies low, so that the rest lies high
+    prompt, step, tail = [7, 8, 9, 10, 11], [13, 14, 15, 16], [17, 18, 19, 20, 21, 22, 23]
+    nodes = chain_of(out, [prompt, step])
+    out.tree.drop(junk)
+    out.tree.evict(20)
+    lease, sizes, states = out.tree.lease(nodes[-1]), [40, 9, 9, 30, 5, 6, 40], []
+    for i, (token, size) in enumerate(zip(tail, sizes, strict=True)):
+        assert out.tree.extend(lease, 1) and out.resize(size) and out.tree.num_blocks == out.cache.num_blocks == size
+        states.append(out.forward(segments_of([(lease, True, i, 9, [token])]), np.array([0])))
+        check_blocks(out.tree)
+    with torch.no_grad():
+        ref = model(torch.tensor([prompt + step + tail])).logits[0, 9:]
+    assert (out.decoder.logits(torch.cat(states)) - ref).abs().max() <= 1e-4 * ref.abs().max()
+
+
+def test_a_size_that_does_not_fit_or_cannot_be_had_changes_nothing(monkeypatch):
+    out = runner(num_blocks=8)
+    out.hold_path([[1] * 9])
+    idle = out.hold_path([[2] * 9])[0]
+    out.tree.drop(idle)
+    counts = out.tree.counts()
+    assert not out.resize(2) and out.tree.counts() == counts
+
+    def failing(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(out.cache, "_sized", failing)
+    assert not out.resize(20) and out.tree.counts() == counts
+    assert not out.resize(4) and out.tree.num_blocks == out.cache.num_blocks == 8
+    check_blocks(out.tree)

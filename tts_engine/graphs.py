@@ -83,7 +83,7 @@ class DecodeGraphs:
         head = decoder.weights.lm_head
         fuses = isinstance(head, Plain) and head.bias is None and head.shape[1] % DEPTH == 0 and not decoder.deterministic
         self._lm_head = head.weight if fuses else None  # type: ignore[union-attr]
-        self._decoder, self._cache, self._attention = decoder, cache, attention
+        self._decoder, self._cache, self._attention, self._version = decoder, cache, attention, cache.version
         self._device = decoder.device
         self._after = None if after is None else torch.from_numpy(after).to(self._device)
         self._ends, self._last_state = torch.from_numpy(ends.astype(np.uint8)).to(self._device), last_state
@@ -97,6 +97,8 @@ class DecodeGraphs:
 
     def plan(self, layout: BatchLayout) -> Outlook:
         """For rows of one token each; `layout` is that of the first tick."""
+        if self._version != self._cache.version:  # its tensors are others
+            self._graphs, self._buckets, self._version = {}, {}, self._cache.version
         spec, size = self._decoder.spec, bucket_for(len(layout.rows))
         cut = self._attention.cut(layout, spec.num_heads, spec.num_kv_heads, spec.head_dim)
         tree = self._attention.tree(layout, cut)
@@ -171,12 +173,12 @@ class _Bucket:
     def __init__(self, size: int, cache: KVCache, attention: TritonTreeAttention, cut: Cut, max_positions: int) -> None:
         from tts_kernels.advance import NOBODY, Rows
 
-        self.size, self._nobody, self._attention, device = size, NOBODY, attention, cache.k.device
+        self.size, self._nobody, self._attention, device = size, NOBODY, attention, cache.k[0].device
         self._cut = replace(cut, rows=max(cut.rows, WIDE_ROWS))
         items = max(ITEMS * size, min(MOST_ITEMS, 64 * size))
         self._buffers = TableBuffers(device, {
             "counts": 2, "grown": size, "order": size, "items": items, "merges": size, "merge_slots": items, "partials": items,
-            "segments": items + SEGMENTS * size, "slots": min(cache.k.shape[1], size * max_positions) + RESERVE * size,
+            "segments": items + SEGMENTS * size, "slots": min(cache.num_slots, size * max_positions) + RESERVE * size,
         })  # fmt: skip
         one, ahead = (size,), (TICKS + 1, size)
         self.columns = _Columns({

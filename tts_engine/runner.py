@@ -58,12 +58,29 @@ class ModelRunner:
 
     @property
     def block_bytes(self) -> int:
-        return self.cache.num_bytes // self.cache.num_blocks
+        return self.cache.block_bytes
 
     @property
     def token_bytes(self) -> int:
         """Of one token's keys and values."""
         return self.block_bytes // self.tree.block_size
+
+    def resize(self, num_blocks: int) -> bool:
+        """So many blocks from here on, with all that is computed but what idle nodes must give up; between forwards. False, with no
+        block more or less, where what is filling or pinned does not fit or the memory cannot be had."""
+        before = self.tree.num_blocks
+        moves = self.tree.resize(num_blocks) if num_blocks < before else ()
+        if moves is None:
+            return False
+        try:
+            if len(moves):
+                self.cache.move(moves)
+            self.cache.resize(num_blocks, self.tree.extent)
+        except (RuntimeError, MemoryError):
+            self.tree.resize(before)
+            return False
+        self.tree.resize(num_blocks)
+        return True
 
     def hold_path(self, steps: Sequence[Sequence[int]]) -> list[int] | None:
         """The nodes of a path given as token ids step by step, made where they are missing; the last one is held.
@@ -94,6 +111,7 @@ class ModelRunner:
             write_slots=places.write_slots,
             context_lens=places.context_lens,
             paths=TreePaths(self.tree, s.handles, s.is_lease, places.ends, places.context_lens),
+            version=self.cache.version,
         )
 
     def forward(self, segments: Segments, read_at: np.ndarray) -> Tensor:

@@ -236,8 +236,8 @@ def poisoned_cache(spec: Any, num_slots: int, dtype: Any = None) -> Any:
 
     cache = KVCache(num_layers=spec.num_layers, num_blocks=num_slots, block_size=1, num_kv_heads=spec.num_kv_heads,
                     head_dim=spec.head_dim, dtype=dtype or torch.float32)  # fmt: skip
-    cache.k.fill_(torch.nan)
-    cache.v.fill_(torch.nan)
+    for table in cache.tables:
+        table.fill_(torch.nan)
     return cache
 
 

@@ -102,9 +102,9 @@ class SharingBlindPolicy:
         tree.set_computed(copy, count)
         given = (([lease], [True]), ([copy], [False]))
         slots = (torch.from_numpy(tree.context_slots(*which, [count])[0].astype(np.int64)) for which in given)
-        theirs, own = (which.to(cache.k.device) for which in slots)
-        for table in (cache.k, cache.v):
-            table.index_copy_(1, own, table.index_select(1, theirs))
+        theirs, own = (which.to(cache.k[0].device) for which in slots)
+        for table in cache.tables:
+            table.index_copy_(0, own, table.index_select(0, theirs))
         return copy
 
     def _drop(self) -> None:

@@ -30,7 +30,7 @@ class Layers:
         self.cache = KVCache(num_layers=self.turns, num_blocks=-(-grove.num_slots // BLOCK), block_size=BLOCK,
                              num_kv_heads=kv_heads, head_dim=dim, dtype=dtype, device=bench.device)  # fmt: skip
         gen = bench.generator()
-        for table in (self.cache.k, self.cache.v):
+        for table in self.cache.tables:
             table.normal_(generator=gen)
         self.q = torch.randn(sum(grove.new), num_heads, dim, generator=gen, device=bench.device).to(dtype)
 

@@ -45,7 +45,7 @@ class Standing:
     def at(cls, bench: Bench, engine: Engine) -> "Standing":
         """What keys and values hold is drawn, not computed."""
         grove, runner, rng = beam(bench.sizes.tree), engine.policy.runner, np.random.default_rng(0)
-        for table in (runner.cache.k, runner.cache.v):
+        for table in runner.cache.tables:
             table.normal_(generator=bench.generator())
         known = runner.decoder.spec.vocab_size
         made: list[Branch] = []

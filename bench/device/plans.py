@@ -41,9 +41,9 @@ class Case:
         self.cache = KVCache(num_layers=1, num_blocks=-(-(num_slots or grove.num_slots) // BLOCK), block_size=BLOCK,
                              num_kv_heads=kv_heads, head_dim=dim, dtype=dtype, device=bench.device)  # fmt: skip
         live = torch.from_numpy(np.concatenate(grove.runs).astype(np.int64)).to(bench.device)
-        for table in (self.cache.k, self.cache.v):
+        for table in self.cache.tables:
             table.fill_(torch.nan)
-            table[0, live] = torch.randn(len(live), kv_heads, dim, generator=gen, device=bench.device).to(dtype)
+            table[live] = torch.randn(len(live), kv_heads, dim, generator=gen, device=bench.device).to(dtype)
         self.q = torch.randn(sum(grove.new), num_heads, dim, generator=gen, device=bench.device).to(dtype)
 
     def judged(self, got: Tensor, without: int | None = None) -> dict[str, Any]:
@@ -131,8 +131,8 @@ def _replayed(bench: Bench, shape: tuple[int, int, int], dtype: torch.dtype) -> 
     for seed, (grove, plan) in enumerate(zip(groves, plans, strict=True)):
         case = Case(bench, grove, shape, dtype, num_slots=most)
         still.q.copy_(case.q)
-        still.cache.k.copy_(case.cache.k)
-        still.cache.v.copy_(case.cache.v)
+        for mine, drawn in zip(still.cache.tables, case.cache.tables, strict=True):
+            mine.copy_(drawn)
         _spoil(buffers)
         buffers.load(plan)
         buffers.tables.grown[:rows] += seed % (GROWTH + 1)

@@ -39,11 +39,11 @@ def random_paths(seed, max_nodes=20, longest=150):
 def filled_cache(slots, heads, dim, dtype, seed=1):
     cache = KVCache(num_layers=2, num_blocks=1 + max(max(path) for path in slots), block_size=1, num_kv_heads=heads, head_dim=dim,
                     dtype=dtype)  # fmt: skip
-    cache.k.fill_(torch.nan)
-    cache.v.fill_(torch.nan)
+    for table in cache.tables:
+        table.fill_(torch.nan)
     live = torch.tensor(sorted({slot for path in slots for slot in path}))
     gen = torch.Generator().manual_seed(seed)
-    cache.k[1, live], cache.v[1, live] = (torch.randn(len(live), heads, dim, generator=gen).to(dtype) for _ in range(2))
+    cache.k[1][live], cache.v[1][live] = (torch.randn(len(live), heads, dim, generator=gen).to(dtype) for _ in range(2))
     return cache
 
 
@@ -70,7 +70,7 @@ def exact(slots, new, heads, kv_heads, dim, dtype):
     for path, count in zip(slots, new, strict=True):
         for i in range(count):
             seen = path[: len(path) - count + i + 1]
-            keys, values = (x[1, seen].repeat_interleave(heads // kv_heads, dim=1).transpose(0, 1) for x in (cache.k, cache.v))
+            keys, values = (x[1][seen].repeat_interleave(heads // kv_heads, dim=1).transpose(0, 1) for x in (cache.k, cache.v))
             for out, to in ((wide, torch.float64), (plain, torch.float32)):
                 weights = (keys.to(to) @ q[token].to(to)[:, :, None]).div(dim**0.5).softmax(1)
                 out[token] = (
@@ -106,7 +106,7 @@ def test_scores_beyond_any_finite_mask_still_count():
     cache = filled_cache(slots, 2, 32, torch.float32)
     backend = make_backend("native")
     for sign in (-1, 1):  # all scores below -1e5, then the softmax all but one-hot
-        cache.k.abs_()
+        cache.k[1].abs_()
         out = backend.run(q.abs() * sign * 1e5, k.abs(), v, cache, 1, backend.plan(flat_layout(slots, new)))
         ref_backend = make_backend("reference")
         ref = ref_backend.run(q.abs() * sign * 1e5, k.abs(), v, cache, 1, ref_backend.plan(flat_layout(slots, new)))
@@ -150,7 +150,7 @@ def test_bits_do_not_depend_on_company_threads_or_the_order_of_rows(dtype):
     q = torch.randn(3600, heads, dim, generator=gen).to(dtype)  # by slot
     k, v = (torch.randn(3600, kv_heads, dim, generator=gen).to(dtype) for _ in range(2))
     cache = KVCache(num_layers=1, num_blocks=900, block_size=4, num_kv_heads=kv_heads, head_dim=dim, dtype=dtype)
-    cache.k[0], cache.v[0] = k, v
+    cache.k[0][:], cache.v[0][:] = k, v
     backend = make_backend("native", deterministic=True)
 
     def run(rows, threads=1):
@@ -189,8 +189,8 @@ def test_a_plan_grows_as_a_new_one_would_be_and_only_for_the_same_rows():
     leases = [tree.lease(parent) for parent in (prompt, step, step, prompt)]
     cache = KVCache(num_layers=1, num_blocks=200, block_size=4, num_kv_heads=2, head_dim=16, dtype=torch.float32)
     gen = torch.Generator().manual_seed(0)
-    cache.k.normal_(generator=gen)
-    cache.v.normal_(generator=gen)
+    for table in cache.tables:
+        table.normal_(generator=gen)
     kept, plans = make_backend("native"), []
     for length in range(1, 150):
         rows = leases if length < 120 else [leases[2], leases[0], leases[1]]  # one row less from there on

@@ -37,11 +37,11 @@ def test_per_branch_agrees_with_reference(lengths, new, heads, kv_heads, dim, dt
     outs = []
     for name in ("reference", "per_branch"):
         cache = KVCache(num_layers=1, num_blocks=total + 50, block_size=1, num_kv_heads=kv_heads, head_dim=dim, dtype=dtype)
-        cache.k.fill_(torch.nan)
-        cache.v.fill_(torch.nan)
+        for table in cache.tables:
+            table.fill_(torch.nan)
         live = torch.tensor(sum(slots, []))
         past = torch.Generator().manual_seed(1)
-        cache.k[0, live], cache.v[0, live] = (torch.randn(total, kv_heads, dim, generator=past).to(dtype) for _ in range(2))
+        cache.k[0][live], cache.v[0][live] = (torch.randn(total, kv_heads, dim, generator=past).to(dtype) for _ in range(2))
         backend = make_backend(name)
         outs.append(backend.run(q, k, v, cache, 0, backend.plan(layout)))
     ref, out = outs

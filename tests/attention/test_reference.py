@@ -12,8 +12,8 @@ from tts_engine.testing import flat_layout
 
 def poisoned(num_slots, kv_heads, dim, dtype=torch.float32):
     cache = KVCache(num_layers=2, num_blocks=num_slots, block_size=1, num_kv_heads=kv_heads, head_dim=dim, dtype=dtype)
-    cache.k.fill_(torch.nan)
-    cache.v.fill_(torch.nan)
+    for table in cache.tables:
+        table.fill_(torch.nan)
     return cache
 
 

@@ -49,8 +49,8 @@ def test_it_agrees_with_the_definition_from_prefill_through_growth_to_a_fork(bac
               for _ in "ab"]  # fmt: skip
     backends = [backend("cpu", deterministic=deterministic), make_backend("reference")]
     for cache in caches:
-        cache.k.fill_(torch.nan)
-        cache.v.fill_(torch.nan)
+        for table in cache.tables:
+            table.fill_(torch.nan)
     paths, free, plans = [list(range(20))], iter(range(20, 300)), []
     for new in (20, 1, 1, 1, 17, 1, 1):
         if len(paths) == 1 and plans:

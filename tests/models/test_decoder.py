@@ -170,7 +170,7 @@ def test_the_last_layer_works_for_the_read_tokens_only(tmp_path, backend, determ
         if deterministic:
             assert torch.equal(out, whole[read])
         written = torch.tensor(prompt + step + left + right)
-        assert cache.k[:, written].isfinite().all() and cache.v[:, written].isfinite().all()
+        assert all(table[written].isfinite().all() for table in cache.tables)
         assert decoder.logits(out).shape == (len(read), 97)
 
 
@@ -208,7 +208,7 @@ def test_what_a_gpu_runs_between_products_is_what_a_cpu_runs(tmp_path, monkeypat
         states = [run_rows(decoder, attention, cache, slots, [9, 3, 1], tokens, [4, 11, 12])]
         longer = [slots[1] + [25], slots[2] + [14]]
         states.append(run_rows(decoder, attention, cache, longer, [1, 1], [tokens[1] + [3], tokens[2] + [8]]))
-        told.append((torch.cat(states), cache.k, cache.v))
+        told.append((torch.cat(states), *cache.tables))
     for out, ref in zip(told[1], told[0], strict=True):
         assert torch.equal(out.isnan(), ref.isnan())
         assert_near(out.nan_to_num(), ref.nan_to_num(), 3e-6)
@@ -237,6 +237,10 @@ def test_a_deterministic_row_keeps_its_bits_in_packed_matrices_and_in_bytes(tmp_
     assert_rows_keep_their_bits(directory, dtype, threads)
 
 
+def assert_same_tables(cache, kept, slots):
+    assert all(torch.equal(mine[slots], theirs[slots]) for mine, theirs in zip(cache.tables, kept.tables, strict=True))
+
+
 def assert_rows_keep_their_bits(directory, dtype, threads):
     decoder, attention = load_decoder(directory, dtype=dtype, deterministic=True), make_backend("reference")
     dtype, lengths = decoder.dtype, [21, 3, 40, 17]
@@ -254,14 +258,15 @@ def assert_rows_keep_their_bits(directory, dtype, threads):
             logits, cache = run(company)
             start = sum(lengths[b] for b in company[: company.index(0)])
             assert torch.equal(logits[start : start + lengths[0]], alone)
-            assert torch.equal(cache.k[:, slots[0]], kept.k[:, slots[0]]) and torch.equal(cache.v[:, slots[0]], kept.v[:, slots[0]])
+            assert_same_tables(cache, kept, slots[0])
         # Decoded one by one beside another path, then evicted (poisoned) and recomputed in one run: the same.
         cache = poisoned_cache(decoder.spec, 100, dtype)
         for i in range(lengths[0]):
             rows = [(slots[0][: i + 1], tokens[0][: i + 1]), (slots[2][: i + 1], tokens[2][: i + 1])]
             step = run_rows(decoder, attention, cache, [s for s, _ in rows], [1, 1], [t for _, t in rows])
             assert torch.equal(decoder.logits(step)[0], alone[i])
-        assert torch.equal(cache.k[:, slots[0]], kept.k[:, slots[0]])
-        cache.k[:, slots[0][:12]] = cache.v[:, slots[0][:12]] = torch.nan
+        assert_same_tables(cache, kept, slots[0])
+        for table in cache.tables:
+            table[slots[0][:12]] = torch.nan
         run_rows(decoder, attention, cache, [slots[0][:12]], [12], [tokens[0][:12]])
-        assert torch.equal(cache.k[:, slots[0]], kept.k[:, slots[0]]) and torch.equal(cache.v[:, slots[0]], kept.v[:, slots[0]])
+        assert_same_tables(cache, kept, slots[0])

@@ -36,8 +36,8 @@ def prm(request, tmp_path_factory):
 def load(prm, *, num_blocks: int = 200, backend: str = "per_branch", deterministic: bool = False) -> Scorer:
     decoder = load_decoder(prm[2], deterministic=deterministic)
     runner = ModelRunner(decoder, make_backend(backend), num_blocks=num_blocks, block_size=4)
-    runner.cache.k.fill_(torch.nan)  # a score that touches what was never written is no number
-    runner.cache.v.fill_(torch.nan)
+    for table in runner.cache.tables:
+        table.fill_(torch.nan)  # a score that touches what was never written is no number
     return make_scorer(runner, Checkpoint(prm[2]), None)
 
 

@@ -41,15 +41,17 @@ class BatchLayout:
     write_slots: np.ndarray  # int64 [W], where each new key and value goes: T of them, or more where only some tokens are read
     context_lens: np.ndarray  # int32 [B]
     paths: Paths
+    version: int = 0  # of the cache: slots known at another one are others by now
 
     @property
     def context_slots(self) -> np.ndarray:
         return self.paths.context_slots
 
-    def continues(self, rows: np.ndarray, ends: np.ndarray) -> bool:
-        """Whether these are the rows that had come to `ends` before, each one token further."""
+    def continues(self, rows: np.ndarray, ends: np.ndarray, version: int) -> bool:
+        """Whether these are the rows that had come to `ends` before, each one token further, and all else where it was."""
         return (
-            len(self.rows) == len(rows) == len(self.write_slots)
+            self.version == version
+            and len(self.rows) == len(rows) == len(self.write_slots)
             and np.array_equal(self.rows, rows)
             and np.array_equal(self.starts, ends)
             and np.array_equal(self.ends, ends + 1)

@@ -22,6 +22,7 @@ class _Plan:
     write_slots: np.ndarray  # int64 [W]
     rows: np.ndarray
     ends: np.ndarray  # int32 [B], own tokens of each row, this batch's among them
+    version: int  # of the cache
 
 
 class NativeAttention:
@@ -43,18 +44,18 @@ class NativeAttention:
 
     def plan(self, layout: BatchLayout) -> _Plan:
         ends, last = layout.ends, self._last
-        if last is not None and layout.continues(last.rows, last.ends) and last.tree.grow(layout.write_slots):
+        if last is not None and layout.continues(last.rows, last.ends, last.version) and last.tree.grow(layout.write_slots):
             last.write_slots, last.ends = layout.write_slots, ends
             return last
         tree = _C.TreePlan(layout.paths.forest, layout.starts, layout.row_starts, max_queries=MAX_QUERIES, split=SPLIT,
                            reserve=RESERVE, compress=not self._deterministic)  # fmt: skip
-        self._last = _Plan(tree, layout.write_slots, layout.rows, ends)
+        self._last = _Plan(tree, layout.write_slots, layout.rows, ends, layout.version)
         return self._last
 
     def run(self, q: Tensor, k: Tensor | None, v: Tensor | None, cache: KVCache, layer: int, plan: _Plan,
             window: int | None = None) -> Tensor:  # fmt: skip
         assert window is None, f"{self.name} has no sliding window"
-        assert q.dtype == cache.k.dtype and q.dtype in DTYPES, f"{self.name} computes in {DTYPES}"
+        assert q.dtype == cache.dtype and q.dtype in DTYPES, f"{self.name} computes in {DTYPES}"
         heads, dim = q.shape[1:]
         keys, values, size = cache.k[layer], cache.v[layer], q.element_size()
         for new, table in ((k, keys), (v, values)):

@@ -73,7 +73,7 @@ class PerBranchAttention:
         keys, values = cache.k[layer].flatten(0, 1), cache.v[layer].flatten(0, 1)  # [slots * K, D]
         out = torch.empty_like(q)
         for chunk in plan.chunks:
-            attended = _attend(q.index_select(0, chunk.tokens), keys, values, cache.k.shape[2], chunk)
+            attended = _attend(q.index_select(0, chunk.tokens), keys, values, cache.num_kv_heads, chunk)
             tokens = chunk.tokens
             if chunk.real is not None:
                 attended, tokens = attended.index_select(0, chunk.real), tokens.index_select(0, chunk.real)

@@ -44,7 +44,7 @@ class ReferenceAttention:
         out = torch.empty_like(q)
         for token, path in enumerate(plan.seen):
             slots = path if window is None else path[-window:]
-            out[token] = _attend(q[token], cache.k[layer, slots], cache.v[layer, slots])
+            out[token] = _attend(q[token], cache.k[layer][slots], cache.v[layer][slots])
         return out
 
 

@@ -85,7 +85,7 @@ class TritonTreeAttention:
         if (
             last is not None
             and last.tree is not None
-            and layout.continues(last.layout.rows, last.ends)
+            and layout.continues(last.layout.rows, last.ends, last.layout.version)
             and last.tree.grow(layout.write_slots)
         ):
             plan.tree, plan.cut, plan.tables, plan.ahead = last.tree, last.cut, last.tables, last.ahead
@@ -99,7 +99,7 @@ class TritonTreeAttention:
             window: int | None = None) -> Tensor:  # fmt: skip
         assert window is None, f"{self.name} has no sliding window"
         if plan.cut is None:
-            plan.cut = self.cut(plan.layout, q.shape[1], cache.k.shape[2], q.shape[2])
+            plan.cut = self.cut(plan.layout, q.shape[1], cache.num_kv_heads, q.shape[2])
             plan.tree = self.tree(plan.layout, plan.cut)
             plan.tables = tables_of(plan.tree, self._device)
             leaves = plan.tree.segments[plan.tree.leaf]

@@ -72,7 +72,7 @@ class TorchOps:
 
     def enter(self, heads: Tensor, weight: Tensor | None, epsilon: float, cos: Tensor, sin: Tensor, cache: KVCache, layer: int,
               slots: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        kv_heads = cache.k.shape[2]
+        kv_heads = cache.num_kv_heads
         turned = self.turn(heads[:, :-kv_heads], weight, epsilon, cos, sin)
         return turned[:, :-kv_heads], turned[:, -kv_heads:], heads[:, -kv_heads:]
 
