@@ -14,6 +14,7 @@ from tts_engine.branch import root_branch
 from tts_engine.engine import Engine
 from tts_engine.errors import EngineError
 from tts_engine.graphs import BUCKETS, TICKS, DecodeGraphs, Draws, bucket_for
+from tts_engine.ledger import Work
 from tts_engine.models.weights import load_decoder
 from tts_engine.policy import Policy
 from tts_engine.runner import ModelRunner
@@ -91,7 +92,7 @@ def test_ticks_over_any_tree_draw_what_they_draw_one_by_one(decoder):
     graphs, stops = DecodeGraphs(decoder, cache, TritonTreeAttention("cpu"), **rule), set()
     for number in range(50):
         rng = random.Random(number)
-        paths, slots = random_tree(rng, 4, rng.choice([1, 1, 1, 2, 3]))
+        paths, slots = random_tree(rng, 4, rng.choice([1, 1, 1, 1, 3]))
         draws = random_draws(rng, paths, slots, SETTINGS if number % 4 == 0 else SETTINGS[:2])
         fill(cache, paths, number)
         outlook = graphs.plan(flat_layout(paths, [1] * len(paths)))
@@ -226,6 +227,32 @@ def test_searches_in_a_small_pool_are_the_same_on_end(models):
     assert tight == roomy and engines[1].policy.preemptions > 0
     assert {TICKS, 1} <= set(engines[1].policy.graphs.begun)
     assert_nothing_held(engines[1])
+
+
+def test_a_draw_behind_a_step_of_its_own_is_seated_without_a_forward(models):
+    """Once the prompt is read; children of one parent wait for a forward, which reads it once for all of them."""
+    for name, most in (("majority", 1), ("beam", 5)):
+        engine, forwards = engine_of(models, on_end=True, steps="7"), []
+        whole = engine.policy.runner.forward
+        engine.policy.runner.forward = lambda *given, whole=whole, forwards=forwards: forwards.append(1) or whole(*given)
+        (result,) = engine.search(PROBLEMS[0], make_method(name, n=4, max_steps=5), seed=1)
+        assert max(branch.depth for branch in result.branches) == 5
+        assert len(forwards) <= most
+
+
+def test_ticks_computed_for_nobody_are_padding(models):
+    engine, beside = engine_of(models, on_end=True, deterministic=False), []
+    finish = engine.policy.graphs.finish
+
+    def counting():
+        drawn = finish()
+        beside.append(len(drawn.tokens) * bucket_for(len(drawn.drawn)) - drawn.drawn.sum())
+        return drawn
+
+    engine.policy.graphs.finish = counting
+    results = engine.search(PROBLEMS, make_method("beam", n=8, max_steps=5), seed=1)
+    counted = sum(result.ledger.policy.padding_flops for result in results)
+    assert counted == sum(beside) * engine.policy.flops(Work(tokens=1, reads=1)) > 0
 
 
 def test_few_rows_are_the_same_on_end(models):

@@ -99,6 +99,11 @@ class _Batch:
     missing: dict[int, _Missing] = field(default_factory=dict)  # run -> its account, where it is a node's
     first: dict[int, _Row] = field(default_factory=dict)  # run -> the first draw behind it
 
+    @property
+    def can_go_on(self) -> bool:
+        """Whether every row that it is read for has one token of it to itself, as rows that decode have."""
+        return len(set(self.sources)) == len(self.sources) == len(self.runs) == self.num_tokens
+
     def add(self, run: Run) -> int:
         """Its number."""
         self.runs.append(run)
@@ -146,8 +151,8 @@ class Policy:
     def tick(self) -> None:
         """Admit what fits, run one forward, draw one token a row, close the steps that ended.
 
-        With graphs, draws are seated between ticks on end, and forwards that seat none are such ticks; a call then ends while they
-        are under way.
+        With graphs rows decode for many ticks on end, and a call ends while these are under way. Where draws are seated that want
+        more read than graphs can, that is one forward, and the next draws are seated after ticks on end.
         """
         ticks, leaving = self._under_way, self._finish()
         try:
@@ -159,14 +164,15 @@ class Policy:
             return
         decoding = len(self._rows)
         batch = _Batch() if self._seated and self._rows and self.graphs is not None else self._admit()
-        self._seated = bool(batch.runs)
-        if not self._rows or (not batch.runs and self._start(TICKS)):
-            return
+        self._seated = False
         try:
+            if not self._rows or self._start(TICKS, batch):
+                return
             logits, sources = self._forward(batch, decoding)
         except BaseException:
             self._send_back(decoding)
             raise
+        self._seated = bool(batch.runs)
         self._append(self._draw(logits, sources))
 
     # Admission
@@ -250,13 +256,16 @@ class Policy:
         """Read the batch's runs and the first `decoding` rows; logits float32 [R, V], and int64 [B] which of them is each row's."""
         segments, read_at, sources = self._rows.follow(batch.runs, batch.sources, decoding)
         logits = self.runner.decoder.logits(self.runner.forward(segments, read_at))
+        self._note_read(batch)
+        padding = self.runner.padding(len(segments.token_ids), len(read_at), self._head_flops)
+        self._rows.owners[-1].context.ledger.padding_flops += padding
+        return logits, sources
+
+    def _note_read(self, batch: _Batch) -> None:
         for number in batch.run_of.values():
             run = batch.runs[number]
             self.runner.tree.set_computed(run.handle, run.start + len(run.tokens))
         self._charge_runs(batch)
-        padding = self.runner.padding(len(segments.token_ids), len(read_at), self._head_flops)
-        self._rows.owners[-1].context.ledger.padding_flops += padding
-        return logits, sources
 
     def _send_back(self, decoding: int) -> None:
         """Undo an admission whose forward failed: no lease is left, and the draws behind the first `decoding` rows wait again."""
@@ -341,23 +350,30 @@ class Policy:
 
     # Many ticks on end
 
-    def _start(self, ticks: int) -> bool:
-        """Have the graphs do so many for all rows, or as many as there are blocks for; False where it is none."""
-        rows, tree = self._rows, self.runner.tree
-        if self.graphs is None or not rows:
+    def _start(self, ticks: int, batch: _Batch | None = None) -> bool:
+        """Have the graphs do so many for all rows, or as many as there are blocks for; False where it is none.
+
+        Those that were just seated begin by reading what is missing, if that is one token of nobody else's each.
+        """
+        rows, tree, batch = self._rows, self.runner.tree, batch or _Batch()
+        if self.graphs is None or not rows or not batch.can_go_on:
             return False
-        segments, _, _ = rows.follow([], [], len(rows))
-        outlook = self.graphs.plan(self.runner.layout(segments))
+        segments, _, seats = rows.follow(batch.runs, batch.sources, len(rows) - len(batch.sources))
+        layout = self.runner.layout(segments)
+        outlook = self.graphs.plan(layout)
         ticks = min(ticks, outlook.ticks)
         while ticks and self._blocks_for(ticks) > tree.available():
             ticks //= 2
-        if not ticks or tree.extend_many(segments.handles, ticks) < len(rows):
+        if ticks <= bool(batch.runs) or tree.extend_many(rows.table["lease"], ticks) < len(rows):
             return False
-        counts = np.full(len(rows), ticks + 1, np.int32)
-        slots = tree.write_slots(segments.handles, segments.is_lease, segments.starts, counts).reshape(len(rows), -1).T
-        for seat, row in enumerate(rows.owners):
+        order = np.argsort(seats)
+        standing, counts = rows.table[order], np.full(len(rows), ticks, np.int32)
+        ahead = tree.write_slots(standing["lease"], np.ones(len(rows), bool), standing["length"], counts)
+        draws = rows.begin(segments.token_ids, layout, ahead.reshape(-1, ticks).T, order, list(self._samplings))
+        self.graphs.start(outlook, draws)
+        for row, seat in zip(rows.owners, seats.tolist(), strict=True):
             row.seat = seat
-        self.graphs.start(outlook, rows.begin(slots, list(self._samplings)))
+        self._note_read(batch)
         self._under_way = ticks
         self.runner.count_forwards(ticks)
         return True

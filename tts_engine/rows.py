@@ -9,6 +9,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 
 from . import _C  # type: ignore[attr-defined]
+from .attention.base import BatchLayout
 from .graphs import Drawn, Draws
 from .runner import Segments
 from .sampling import Sampling
@@ -84,12 +85,15 @@ class Rows(Generic[Owner]):
             del self.owners[place]
         return leaving
 
-    def begin(self, slots: np.ndarray, samplings: Sequence[Sampling]) -> Draws:
-        """What all rows are to decode on from, for ticks on end. slots int64 [ticks + 1, B]; the samplings by their numbers."""
-        t = self.table
+    def begin(self, newest: np.ndarray, layout: BatchLayout, ahead: np.ndarray, order: np.ndarray,
+              samplings: Sequence[Sampling]) -> Draws:  # fmt: skip
+        """What rows are to decode on from, for ticks on end. order int64 [B]: the rows as they stand in the layout, which has
+        their `newest` tokens int64 [B]; ahead int64 [ticks, B]: the slots behind those; the samplings by their numbers."""
+        t = self.table[order]
         settings = {name: np.array([getattr(one, name) for one in samplings], dtype)[t["sampling"]] for name, dtype in SETTINGS}
-        return Draws(token=t["newest"], position=t["path_start"] + t["length"] - 1, slots=slots, state=t["state"],
-                     room=t["room"] - t["length"], key=t["key"], identity=t["identity"], **settings)  # fmt: skip
+        return Draws(token=newest, position=layout.positions, slots=np.concatenate([layout.write_slots[None], ahead]),
+                     state=t["state"], room=t["room"] - t["length"], key=t["key"], identity=t["identity"],
+                     **settings)  # fmt: skip
 
     def go_on(self, drawn: Drawn, seats: Sequence[int]) -> list[tuple[Owner, int]]:
         """Every row takes what was drawn on end for its seat, and leaves where it stopped: as `append` says."""
