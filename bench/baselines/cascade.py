@@ -75,7 +75,8 @@ class Cascade:
 
     def _tables(self, nodes: Sequence[int], runs: Sequence[np.ndarray], max_queries: int, device: torch.device):
         """One level: its nodes under runs of rows, each in tiles of at most so many, the costliest first."""
-        items, segments, slots, offset, first = [], [], [], 0, 0
+        items, segments, slots = list[tuple[int, ...]](), list[tuple[int, ...]](), list[np.ndarray]()
+        offset = first = 0
         for node, members in itertools.groupby(range(len(nodes)), key=lambda row: nodes[row]):
             count, run = len(list(members)), runs[node]
             for start in range(first, first + count, max_queries):

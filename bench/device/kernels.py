@@ -214,12 +214,12 @@ def _lm_head_sample(bench: Bench, dtype: torch.dtype) -> dict[str, Any]:
     logits = torch.cat([hidden.double() @ part.double().T for part in weight.split(8192)], 1).to(dtype).float().cpu()
     other = 0
     for i, temperature in enumerate(temperatures):
-        one = rows[i : i + 1], Sampling(temperature=temperature), *(column[i : i + 1] for column in given)
-        [expected] = sample_slowly(logits, *one)
+        kind, own = Sampling(temperature=temperature), [column[i : i + 1] for column in given]
+        [expected] = sample_slowly(logits, rows[i : i + 1], kind, *own)
         if got[i] != expected:
             raised = logits[rows[i]].clone()
             raised[got[i]] += 2 * torch.finfo(dtype).eps * raised.abs().max()
-            [second] = sample_slowly(raised[None], np.zeros(1, np.int64), *one[1:])
+            [second] = sample_slowly(raised[None], np.zeros(1, np.int64), kind, *own)
             assert second == got[i], f"draw {i} is token {got[i]}, not {expected}, and no rounding makes it so"
             other += 1
     assert other <= max(1, count // 10), f"{other} of {count} draws are other tokens"

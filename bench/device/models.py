@@ -161,7 +161,12 @@ def _as_one_by_one(bench: Bench, problems: Sequence[Problem], dtype: str, determ
             assert not bench.on_gpu, "nothing is captured on a GPU"
             return {"missing": "nothing is captured on this device"}
         start = graphs.start
-        graphs.start = lambda outlook, draws: begun.append(len(draws.token)) or start(outlook, draws)  # type: ignore[func-returns-value]
+
+        def started(outlook: Any, draws: Any) -> None:
+            begun.append(len(draws.token))
+            start(outlook, draws)
+
+        graphs.start = started  # type: ignore[method-assign]
         for used in (graphs, None):
             engine.policy.graphs = used
             engine.forget()

@@ -3,6 +3,7 @@
 import random
 import string
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,12 @@ def forward_and_head(bench: Bench, scorer: Scorer) -> None:
     heads add to it."""
     sizes, runner, seen = bench.sizes, scorer.runner, list[tuple[Any, np.ndarray]]()
     forward, rows = runner.forward, sizes.prefill // sizes.step
-    runner.forward = lambda *given: seen.append(given) or forward(*given)  # type: ignore[method-assign, func-returns-value]
+
+    def watched(segments, read_at):
+        seen.append((segments, read_at))
+        return forward(segments, read_at)
+
+    runner.forward = watched  # type: ignore[method-assign]
     reading = Reading(scorer, rows, sizes.opening, sizes.step)
     before, after = (reading.read(depth).flops for depth in (3, 4))
     runner.forward = forward  # type: ignore[method-assign]
@@ -144,5 +150,5 @@ def forward_and_head(bench: Bench, scorer: Scorer) -> None:
                                   device=bench.device)  # fmt: skip
     heads: dict[str, Callable[..., Any]] = {"pair": scorer.head, "two classes": two_class}
     for name, head in heads.items():
-        times = race(bench, {name: lambda _, head=head: head(hidden)})
+        times = race(bench, {name: partial(lambda head, turn: head(hidden), head)})
         bench.figure("head", f"{name}, {case}", 100 * times.seconds[name] / (seconds + times.seconds[name]), noise=times.noise)

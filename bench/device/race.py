@@ -57,13 +57,13 @@ def seconds_of(bench: Bench, run: Callable[[], object], times: int = 1) -> float
         for _ in range(times):
             run()
         return (time.perf_counter() - began) / times
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    began.record()
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
     for _ in range(times):
         run()
-    ended.record()
-    ended.synchronize()
-    return began.elapsed_time(ended) / 1e3 / times
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3 / times
 
 
 def race(bench: Bench, contenders: dict[str, Turn], *, turns: int = 1) -> Times:
