@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from tts_engine.ledger import Ledger
 from tts_engine.search import make_method
 from tts_engine.strategy import StrategyError
 from tts_engine.strategy.choose import Evidence, Strategy, fit, load_strategy, method_of, outcome_of
@@ -115,8 +116,9 @@ def test_what_would_make_a_strategy_look_better_than_it_is_is_refused(runs, pilo
 
 
 def test_outcomes_count_both_models_and_need_a_gold_answer():
-    costs = {"linear_flops": 1, "attention_flops": 2, "head_flops": 4, "tokens_computed": 100, "flops": 7}
-    assert outcome_of({"correct": True, "ledger": {"policy": costs, "prm": costs, "seconds": 9.0}}) == (True, 14)
+    ledger = Ledger.empty()
+    ledger.policy.linear_flops, ledger.policy.attention_flops, ledger.prm.head_flops, ledger.seconds = 1, 2, 4, 9.0
+    assert outcome_of({"correct": True, "ledger": ledger.as_dict()}) == (True, 7)
     assert outcome_of({"correct": False, "ledger": None}) == (False, 0)
     with pytest.raises(StrategyError, match="p has no known answer"):
         outcome_of({"id": "p", "correct": None, "ledger": None})

@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:  # numpy is loaded by who resamples: tables with Wilson's intervals do without
+    import numpy as np
 
 BOOTSTRAPS = 10_000
 AT_ONCE = 1 << 18  # problems resampled in one piece, for the memory it takes
@@ -44,12 +45,14 @@ class Bootstrap:
     resamples' median and the acceleration, both on the scale of a standard normal."""
 
     estimate: float
-    resampled: np.ndarray  # float64 [BOOTSTRAPS]
+    resampled: "np.ndarray"  # float64 [BOOTSTRAPS]
     bias: float
     acceleration: float
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """Where no resample differs from another it has no width."""
+        import numpy as np
+
         tail = 0.5 - confidence / 2
         low, high = np.quantile(self.resampled, [self._level(tail), self._level(1 - tail)])
         return float(low), float(high)
@@ -60,6 +63,8 @@ class Bootstrap:
 
         Never below one in so many resamples.
         """
+        import numpy as np
+
         count = len(self.resampled)
         below = np.searchsorted(self.resampled, 0.0, "left") + np.searchsorted(self.resampled, 0.0, "right")
         moved = NORMAL.inv_cdf(min(max(below / (2 * count), 0.5 / count), 1 - 0.5 / count)) - self.bias
@@ -72,7 +77,7 @@ class Bootstrap:
         return NORMAL.cdf(self.bias + moved / max(1 - self.acceleration * moved, 1e-9))
 
 
-def bootstrap(values: Any, of: Callable[[np.ndarray], np.ndarray] | None = None, seed: int = 0) -> Bootstrap:
+def bootstrap(values: Any, of: "Callable[[np.ndarray], np.ndarray] | None" = None, seed: int = 0) -> Bootstrap:
     """A figure of the means over problems. values: [problems], or [problems, k] of k quantities each; a problem that was drawn
     several times brings the mean of its draws. of: means [..., k] -> the figure [...], of one quantity its mean by default:
 
@@ -81,6 +86,8 @@ def bootstrap(values: Any, of: Callable[[np.ndarray], np.ndarray] | None = None,
 
     Raises ValueError for no problems.
     """
+    import numpy as np
+
     table = np.asarray(values, np.float64)
     table = table[:, None] if table.ndim == 1 else table
     return _bootstraps(table, [of or (lambda means: means[..., 0])], seed)[0]
@@ -93,6 +100,8 @@ def paired_difference(
 
     Pairs cancel what makes a problem hard for both, so this is narrower than two intervals side by side.
     """
+    import numpy as np
+
     if not len(first) or len(first) != len(second):
         raise ValueError(f"{len(first)} and {len(second)} outcomes are no pairs")
     found = bootstrap(np.asarray(first, float) - np.asarray(second, float), seed=seed)
@@ -121,6 +130,8 @@ def verdicts(claims: Mapping[str, Sequence[float]], confidence: float = 0.95, se
     A resample cannot show what no problem shows: with m problems that differ, two signs of a fair coin agree that well by chance
     with probability 2^(1-m), and no claim is given a smaller p-value.
     """
+    import numpy as np
+
     names = list(claims)
     tables = {name: np.asarray(claims[name], np.float64) for name in names}
     found: dict[str, Bootstrap] = {}
@@ -155,8 +166,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _bootstraps(table: np.ndarray, figures: Sequence[Callable[[np.ndarray], np.ndarray]], seed: int) -> list[Bootstrap]:
+def _bootstraps(table: "np.ndarray", figures: "Sequence[Callable[[np.ndarray], np.ndarray]]", seed: int) -> list[Bootstrap]:
     """Several figures of the same problems, float64 [problems, k], from the same resamples."""
+    import numpy as np
+
     size = len(table)
     if not size:
         raise ValueError("there is no problem to resample")
@@ -172,8 +185,10 @@ def _bootstraps(table: np.ndarray, figures: Sequence[Callable[[np.ndarray], np.n
     return [_corrected(float(of(whole)), np.asarray(of(means)), np.asarray(of(without))) for of in figures]
 
 
-def _corrected(estimate: float, resampled: np.ndarray, without: np.ndarray) -> Bootstrap:
+def _corrected(estimate: float, resampled: "np.ndarray", without: "np.ndarray") -> Bootstrap:
     """resampled [B]: the figure in each resample; without [problems]: the figure with one problem left out."""
+    import numpy as np
+
     near = 1e-9 * (abs(estimate) + float(np.ptp(resampled)))  # sums in another order differ in their last bits
     ties, count = np.count_nonzero(abs(resampled - estimate) <= near), len(resampled)
     below = np.count_nonzero(resampled < estimate - near) + ties / 2

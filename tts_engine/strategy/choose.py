@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..ledger import Ledger
 from ..search import METHODS, Method, MethodError, make_method, make_rules
 from ..tasks.problems import TASKS
 from . import StrategyError
@@ -210,9 +211,7 @@ def outcome_of(record: dict[str, Any]) -> tuple[bool, int]:
     """Whether a problem was solved, and the FLOPs of policy and PRM. Raises StrategyError for one without a known answer."""
     if record["correct"] is None:
         raise StrategyError(f"problem {record['id']} has no known answer, so no method can be chosen by it")
-    ledger = record["ledger"] or {}
-    return record["correct"], sum(part[key] for part in (ledger.get("policy", {}), ledger.get("prm", {})) for key in part
-                                  if key in ("linear_flops", "attention_flops", "head_flops"))  # fmt: skip
+    return record["correct"], Ledger.from_dict(record["ledger"]).flops if record["ledger"] else 0
 
 
 def fit(

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 from ..branch import Branch, Finish
 from ..engine import Engine
-from ..ledger import Ledger, ModelLedger, PolicyLedger, PRMLedger
+from ..ledger import DistinctSteps, Ledger, PolicyLedger, PRMLedger
+from ..policy import Policy
 from ..prm.scorer import Scorer
 from ..results import Choice, SearchResult, conclude
-from ..runner import ModelRunner, pairs
 from ..search import Driver, Method
 from ..search.driver import Draw
 from ..tasks.problems import Problem
@@ -46,9 +46,8 @@ def replay(
     """What searching `problem` with `method` would have given, from the `nodes` that a search with `made` and `seed` drew.
 
     engine: holds the models that drew and scored; it computes nothing here, but knows what they would compute. The ledger is that
-    of this search alone, in an engine where nothing is evicted: the prompt computed once, and once what steps of equal tokens
-    share. (Subtrees of DVTS that come to equal steps at different moments read the last token, or the PRM's marker, once more.) It
-    has no clock: its seconds are 0. Raises StrategyError where a replay cannot be exact.
+    of this search alone: what an ideal executor computes and the steps that were drawn again, without padding, nothing evicted and
+    nothing read a second time. It has no clock: its seconds are 0. Raises StrategyError where a replay cannot be exact.
     """
     refuse_unless_exact(made, method)
     what = f"problem {problem.id} cannot be replayed as {method.name} n={method.n}"
@@ -80,62 +79,46 @@ def replay(
     while not driver.done:
         for ask in driver.asks():
             driver.answer(ask, [draw_on(draw) for draw in ask.draws] or [score(branch) for branch in ask.branches])
-    ledger = Ledger(policy=policy_ledger(list(drawn.values()), engine.policy.runner), prm=PRMLedger())
+    branches = driver.result
+    ledger = Ledger(policy=policy_ledger(list(drawn.values()), branches, engine.policy), prm=PRMLedger())
     if method.uses_prm:
         if engine.scorer is None:
             raise StrategyError(f"{method.name} cannot be replayed with an engine that has no PRM: what reading costs is not known")
         ledger.prm = prm_ledger(problem, list(scored.values()), engine.scorer)
-    return conclude(problem, Choice(method), seed, driver.result, list((drawn | scored).values()), ledger, engine.grader)
+    return conclude(problem, Choice(method), seed, branches, list((drawn | scored).values()), ledger, engine.grader)
 
 
-def policy_ledger(nodes: Sequence[Branch], runner: ModelRunner) -> PolicyLedger:
-    """What drawing these steps costs: of the prompt every token, of a step all but the last; that one only where a step was drawn
-    behind it, once for steps of equal tokens, which are drawn on from side by side."""
-    ledger = PolicyLedger()
-    root = nodes[0].path[0]
-    expanded = {node.parent.identity for node in nodes if node.parent is not None}
-    drawn_on = set[tuple[tuple[int, ...], ...]]()
-    head_flops = runner.decoder.spec.lm_head_flops
-
-    def compute(start: int, count: int, reads: int) -> None:
-        """So many tokens behind `start` others; a token is drawn behind each of the last `reads`."""
-        _compute(ledger, runner, start, count)
-        runner.charge_reads(ledger, tokens=reads, context_pairs=pairs(start + count - reads, reads))
-        ledger.head_flops += head_flops * reads
-
-    compute(0, len(root.tokens), 1)
+def policy_ledger(nodes: Sequence[Branch], voted: Sequence[Branch], policy: Policy) -> PolicyLedger:
+    """What drawing these steps costs, parents first: what an ideal executor computes, and steps that were drawn again."""
+    ledger, prompt = PolicyLedger(), len(nodes[0].path[0].tokens)
+    steps = DistinctSteps(prompt)
     for node in nodes:
-        end = len(root.tokens) + node.num_tokens
-        compute(end - len(node.tokens), len(node.tokens) - 1, len(node.tokens) - 1)
-        ledger.tokens_generated += len(node.tokens)
-        path = tuple(step.tokens for step in node.steps)
-        if node.identity not in expanded:
-            ledger.tokens_unshared += end
-        elif path not in drawn_on:
-            drawn_on.add(path)
-            compute(end - 1, 1, 1)
+        assert node.parent is not None, "the prompt is no step"
+        steps.add(node.identity, node.parent.identity, node.tokens)
+    once, again = steps.drawn_once(), steps.drawn_again()
+    for work in (once, again):
+        policy.runner.charge(ledger, work, policy.runner.decoder.spec.lm_head_flops)
+    ledger.ideal_flops, ledger.duplicate_flops = policy.flops(once), policy.flops(again)
+    ledger.hold(steps.widest_round(), policy.runner.token_bytes)
+    parents = {node.parent.identity for node in nodes if node.parent is not None}
+    ledger.tokens_generated = sum(len(node.tokens) for node in nodes)
+    ledger.tokens_unshared = sum(prompt + node.num_tokens for node in nodes if node.identity not in parents)
+    accepted = {step.identity: len(step.tokens) for branch in voted for step in branch.steps}
+    ledger.tokens_accepted = sum(accepted.values())
     return ledger
 
 
-def prm_ledger(problem: Problem, steps: Sequence[Branch], scorer: Scorer) -> PRMLedger:
-    """What reading these steps costs, each behind those before it; steps that read alike are read once."""
-    ledger, runner, spec = PRMLedger(), scorer.runner, scorer.spec
-    opening = len(spec.opening(problem.problem))
-    _compute(ledger, runner, 0, opening)
-    read = set[tuple[str, ...]]()
-    for step in steps:
-        texts = tuple(part.text for part in step.steps)
-        counts = [len(spec.step(text, place == 0)) for place, text in enumerate(texts)]
-        end = opening + sum(counts)
+def prm_ledger(problem: Problem, nodes: Sequence[Branch], scorer: Scorer) -> PRMLedger:
+    """What reading these steps costs, parents first; steps that read alike are read once."""
+    ledger, spec = PRMLedger(), scorer.spec
+    steps = DistinctSteps(len(spec.opening(problem.problem)))
+    for node in nodes:
+        assert node.parent is not None, "the prompt is no step"
+        step = steps.add(node.identity, node.parent.identity, spec.step(node.text, node.parent.parent is None))
         ledger.steps_scored += 1
-        ledger.tokens_reread += end
-        if texts not in read:
-            read.add(texts)
-            _compute(ledger, runner, end - counts[-1], counts[-1])
-            runner.charge_reads(ledger, tokens=1, context_pairs=end + spec.read_at + 1)
-            ledger.head_flops += scorer.head_flops
+        ledger.tokens_reread += step.start + step.tokens
+    once = steps.read_once(spec.read_at)
+    scorer.runner.charge(ledger, once, scorer.head_flops)
+    ledger.ideal_flops = scorer.flops(once)
+    ledger.hold(steps.widest_round(), scorer.runner.token_bytes)
     return ledger
-
-
-def _compute(ledger: ModelLedger, runner: ModelRunner, start: int, count: int) -> None:
-    runner.charge(ledger, tokens=count, context_pairs=pairs(start, count))
