@@ -1,7 +1,10 @@
 """Ticks on end against the same ticks one by one, interpreted, where the tree is another every time and all padding is poison."""
 
+import itertools
 import random
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,6 +130,52 @@ def test_a_draw_that_is_no_token_stops_its_row_alone(decoder, monkeypatch):
     graphs.start(graphs.plan(flat_layout(paths, [1, 1])), draws)
     drawn = graphs.finish()
     assert drawn.tokens[0, 0] == -1 and drawn.stop.tolist() == [advance.FAULT, 0] and drawn.state.tolist() == [8, 8]
+
+
+def test_each_size_and_kind_is_captured_once_and_again_for_other_tensors(decoder, monkeypatch):
+    """With a device that captures acted out: what is called while a graph is made is what its replay calls."""
+    paths, slots = [[0, 1, 2]], np.array([[2], [6], [7]])
+    cache, rule = poisoned_cache(decoder.spec, SLOTS), {"after": AFTER, "ends": ENDS, "last_state": CLOSED}
+    graphs, captured, waited = DecodeGraphs(decoder, cache, TritonTreeAttention("cpu"), **rule), [], []
+    tick, open_graphs = graphs._tick, []
+
+    class Graph:
+        def replay(self):
+            tick(*self.given)
+
+    @contextmanager
+    def capture(graph, *, pool, stream):
+        open_graphs.append(graph)
+        yield
+        open_graphs.clear()
+        captured.append((pool, graph.given[0].size, graph.given[1]))
+
+    def tick_or_note(*given):
+        if open_graphs:
+            open_graphs[0].given = given
+        else:
+            tick(*given)
+
+    monkeypatch.setattr(graphs, "_tick", tick_or_note)
+    pools = itertools.count()
+    for name, double in (("CUDAGraph", Graph), ("graph", capture), ("stream", lambda stream: nullcontext()),
+                         ("current_stream", lambda device: None), ("graph_pool_handle", lambda: next(pools))):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, double)
+    graphs._captures, graphs._stream = True, SimpleNamespace(wait_stream=lambda stream: None)
+    graphs._done = SimpleNamespace(record=lambda: waited.append(False), synchronize=lambda: waited.append(True))
+    graphs._forget()
+    slowly = TicksOneByOne(decoder, cache, make_backend("native"), **rule)
+    for number, settings in enumerate((SETTINGS[1:2], SETTINGS[1:2], SETTINGS[2:3], SETTINGS[1:2])):
+        if number == 3:
+            cache.resize(SLOTS, SLOTS)
+        draws, drawn = random_draws(random.Random(number), paths, slots, settings), []
+        for ticks in (graphs, slowly):
+            fill(cache, paths, 0)
+            ticks.start(ticks.plan(flat_layout(paths, [1])), draws)
+            drawn.append(ticks.finish())
+        assert [one.drawn.tolist() for one in drawn] == [drawn[1].drawn.tolist()] * 2
+        assert drawn[0].tokens[: drawn[1].drawn[0], 0].tolist() == drawn[1].tokens[: drawn[1].drawn[0], 0].tolist()
+    assert captured == [(0, 1, False), (0, 1, True), (1, 1, False)] and waited == [False, True] * 4
 
 
 def test_a_tree_that_no_graph_serves_has_no_ticks(decoder):

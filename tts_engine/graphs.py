@@ -83,22 +83,20 @@ class DecodeGraphs:
         head = decoder.weights.lm_head
         fuses = isinstance(head, Plain) and head.bias is None and head.shape[1] % DEPTH == 0 and not decoder.deterministic
         self._lm_head = head.weight if fuses else None  # type: ignore[union-attr]
-        self._decoder, self._cache, self._attention, self._version = decoder, cache, attention, cache.version
+        self._decoder, self._cache, self._attention = decoder, cache, attention
         self._device = decoder.device
         self._after = None if after is None else torch.from_numpy(after).to(self._device)
         self._ends, self._last_state = torch.from_numpy(ends.astype(np.uint8)).to(self._device), last_state
-        self._buckets: dict[int, _Bucket] = {}
-        self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}
         self._under_way: tuple[_Bucket, int, int] | None = None  # with how many ticks and rows
         self._captures = self._device.type == "cuda"
         if self._captures:
             self._stream, self._done = torch.cuda.Stream(self._device), torch.cuda.Event()
-            self._pool = torch.cuda.graph_pool_handle()  # one for all graphs: no two of them run at a time
+        self._forget()
 
     def plan(self, layout: BatchLayout) -> Outlook:
         """For rows of one token each; `layout` is that of the first tick."""
         if self._version != self._cache.version:  # its tensors are others
-            self._graphs, self._buckets, self._version = {}, {}, self._cache.version
+            self._forget()
         spec, size = self._decoder.spec, bucket_for(len(layout.rows))
         cut = self._attention.cut(layout, spec.num_heads, spec.num_kv_heads, spec.head_dim)
         tree = self._attention.tree(layout, cut)
@@ -138,6 +136,14 @@ class DecodeGraphs:
         host = bucket.columns.host
         return Drawn(tokens=host["tokens"][:ticks, :num_rows].copy(),
                      **{name: host[name][:num_rows].copy() for name in RESULTS[:-1]})  # fmt: skip
+
+    def _forget(self) -> None:
+        """What was captured, if anything."""
+        self._buckets: dict[int, _Bucket] = {}
+        self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}
+        self._version = self._cache.version
+        if self._captures:  # one pool for all graphs, of which no two run at a time; one that no graph uses is not taken up again
+            self._pool = torch.cuda.graph_pool_handle()
 
     @torch.inference_mode()
     def _tick(self, bucket: "_Bucket", restricted: bool) -> None:
