@@ -17,6 +17,7 @@ from tts_engine.ledger import DistinctSteps, Held, Ledger, Phases, PolicyLedger,
 from tts_engine.policy import Policy
 from tts_engine.prm.scorer import ScoreContext, Scorer
 from tts_engine.prm.spec import PRMSpec, TwoClassHead
+from tts_engine.results import Choice
 from tts_engine.runner import ModelRunner
 from tts_engine.search import Cot, Driver, Majority, make_method
 from tts_engine.search.requests import Expand, Score
@@ -325,6 +326,34 @@ def test_a_search_alone_wastes_nothing_but_what_its_method_draws_twice(engine, n
     on_voted = {step.identity: len(step.tokens) for branch in result.branches for step in branch.steps}
     assert policy.tokens_accepted == sum(on_voted.values()) <= policy.tokens_generated
     assert 0 < policy.kv_distinct_bytes < policy.kv_logical_bytes and 0 < prm.kv_distinct_bytes < prm.kv_logical_bytes
+
+
+class PilotFirst:
+    """A chooser that looks at a narrow search, in a lane of its own, and then has a beam search done."""
+
+    name = "pilot-first"
+    methods = (make_method("dvts", n=2, width=2, max_steps=5), make_method("beam", n=4, max_steps=5))
+
+    def pilot(self, problem):
+        return self.methods[0]
+
+    def choose(self, problem, pilot):
+        assert pilot.ledger.policy.found_flops == pilot.ledger.prm.found_flops == 0
+        self.drawn = len(pilot.nodes)
+        return Choice(self.methods[1])
+
+    def describe(self):
+        return {}
+
+
+def test_a_pilot_and_what_was_chosen_by_it_have_one_ledger(engine):
+    engine.forget()
+    chooser = PilotFirst()
+    (result,) = engine.search(PROBLEMS[0], chooser, seed=3)
+    policy, prm = result.ledger.policy, result.ledger.prm
+    assert 0 < chooser.drawn < len(result.nodes) and policy.tokens_generated == sum(len(node.tokens) for node in result.nodes)
+    assert policy.found_flops == prm.found_flops == 0 and 0 < policy.rereading_flops < policy.flops / 10  # the prompt's last token
+    assert prm.steps_scored == len(result.nodes)
 
 
 def test_phases_add_up_to_the_time_that_passed(engine, monkeypatch):

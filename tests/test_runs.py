@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ import pytest
 from tts_engine import runs
 from tts_engine.engine import Engine, EngineConfig
 from tts_engine.errors import OutOfBlocks, RunError
+from tts_engine.ledger import PolicyLedger, PRMLedger
+from tts_engine.report.table import cell_of
 from tts_engine.runs import PROBLEMS, RUN, Run, describe_run, evaluate, read_run
 from tts_engine.search import BeamSearch, Majority
 from tts_engine.tasks.problems import Problem, load_task
@@ -107,6 +109,22 @@ def test_a_finished_run_is_left_as_it_is(models, copy):
     before = (copy / PROBLEMS).read_bytes()
     run_all(models, copy)
     assert (copy / PROBLEMS).read_bytes() == before
+
+
+def test_a_run_of_an_earlier_version_is_gone_on_with(models, copy):
+    """Its ledgers lack what is counted now."""
+    later = [field.name for part in (PolicyLedger, PRMLedger) for field in fields(part) if field.metadata]
+    lines = [json.loads(line) for line in (copy / PROBLEMS).read_bytes().splitlines()]
+    assert len(later) > 10 and all(name in lines[0]["ledger"]["policy"] | lines[0]["ledger"]["prm"] for name in later)
+    for record in lines[1:]:
+        del record["ledger"]["phases"]
+        for part in ("policy", "prm"):
+            record["ledger"][part] = {name: count for name, count in record["ledger"][part].items() if name not in later}
+    (copy / PROBLEMS).write_bytes(b"".join(map(runs.as_line, lines)))
+    with Run(copy, describe(models)) as run:
+        assert len(run.records) == NUM_PROBLEMS
+        cell = cell_of(run.records, "policy", uses_prm=True)
+    assert cell.gflop > 0 and cell.ledger.useful is None and cell_of(lines[:1], "policy", uses_prm=True).ledger.useful > 0
 
 
 def test_wherever_the_last_line_is_torn_it_is_cut_and_the_rest_kept(models, copy):
