@@ -327,7 +327,8 @@ def test_a_strategy_is_fitted_to_runs_and_chooses_for_others(run, given, tmp_pat
     file.write_text(json.dumps(strategy))
     auto = ["--method", "auto", "--strategy", file, "--n", 4]
     for how, by in (([], "predicted"), (["--difficulty", pilot], "known")):
-        code, shown, _ = run("eval", *own, *task, *auto, *how, "--out", tmp_path / by, "--json")
+        code, shown, err = run("eval", *own, *task, *auto, *how, "--out", tmp_path / by, "--json")
+        assert err.splitlines()[-1] == "the strategy was fitted on these problems: what it gains on them is in part luck"
         assert code == 0 and json.loads(shown.splitlines()[-1])["method"] == "auto" and json.loads(shown.splitlines()[-1])["n"] == 4
         records = [json.loads(line) for line in (tmp_path / by / "problems.jsonl").read_text().splitlines()]
         assert {record["choice"]["by"] for record in records} == {by}

@@ -107,6 +107,7 @@ ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
     ),
     ("prm_family", str, "qwen2.5-math-prm, math-shepherd, rlhflow, skywork or value-head, where the PRM's files do not say"),
     ("deterministic", None, "a problem's tokens never depend on what runs beside it; slower"),
+    ("speculate", None, "rows that would stand idle draw the likeliest next steps ahead; the results are the same"),
 ]
 # Those of them that decide how a PRM reads.
 READING_OPTIONS = ("load", "dtype", "device", "backend", "kv_bytes", "block_size", "prm_family", "deterministic")
@@ -338,6 +339,8 @@ def run_eval(args: argparse.Namespace) -> int:
         for row in aggregate_rows(run.records):
             screen.print(row, markup=False)
         screen.print(f"in {args.out}", markup=False, highlight=False)
+        if args.method == AUTO and method.table.was_fitted_on(description["task"]):
+            print("the strategy was fitted on these problems: what it gains on them is in part luck", file=sys.stderr)
         if failed:
             print(f"{len(failed)} problems could not be searched and count as not solved, {failed[0]} among them; "
                   f"their records say why", file=sys.stderr)  # fmt: skip

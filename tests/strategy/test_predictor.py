@@ -28,8 +28,8 @@ def world(count, seed=0):
 def test_features_by_hand():
     draws = Draws((True, False, False, False), ("7", "7", "8", None), ((0.1, 0.9), (0.5,), (0.3, 0.1), (0.5,)))
     out = features(draws)
-    assert out["agreement"] == 0.5 and out["prm_mean"] == pytest.approx(0.5)
-    assert out["prm_spread"] == pytest.approx(np.sqrt((0.4**2 + 0.4**2) / 4))
+    assert out["agreement"] == 0.5 and out["prm_mean"] == pytest.approx((0.1 + 0.5 + 0.1 + 0.5) / 4)
+    assert out["prm_spread"] == pytest.approx(0.2)
     assert features(Draws((), (None, None), None)) == {"agreement": 0.0}
 
 

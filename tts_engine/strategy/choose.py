@@ -106,6 +106,11 @@ class Table:
             raise StrategyError(f"the strategy has no method for {bin} problems at n={n}; its budgets: {budgets or 'none'}")
         return found[0]
 
+    def was_fitted_on(self, task: dict[str, Any]) -> bool:
+        """Whether a run's problems, by its description, are those of the calibration."""
+        told = self.fitted_on
+        return told is not None and (told.split, told.problems_sha256) == (task["split"], task["problems_sha256"])
+
     def method(self, bin: str, n: int) -> Method:
         return method_of(self.pick(bin, n).method, n)
 

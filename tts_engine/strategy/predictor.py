@@ -21,12 +21,13 @@ MOST_STEPS = 100
 
 def features(draws: Draws) -> dict[str, float]:
     """agreement: the share of draws behind the most frequent answer, no answer agreeing with none; prm_mean and prm_spread: mean
-    and standard deviation over draws of the last step's score, where a PRM read them."""
+    and standard deviation over draws of the lowest step score, where a PRM read them. (On calibration problems of the embedded
+    task it tells more than the last step's.)"""
     counts = Counter(group for group in draws.groups if group is not None)
     found = {"agreement": max(counts.values(), default=0) / len(draws.groups)}
     if draws.scores is not None:
-        last = [path[-1] for path in draws.scores]
-        found |= {"prm_mean": float(np.mean(last)), "prm_spread": float(np.std(last))}
+        lowest = [min(path) for path in draws.scores]
+        found |= {"prm_mean": float(np.mean(lowest)), "prm_spread": float(np.std(lowest))}
     return found
 
 
