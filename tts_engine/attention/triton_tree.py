@@ -79,6 +79,7 @@ class TritonTreeAttention:
         self._deterministic = deterministic
         self._last: _Plan | None = None
 
+    @torch.inference_mode()  # as `run` is, within which the tables were made that grow here
     def plan(self, layout: BatchLayout) -> _Plan:
         plan = _Plan(layout, torch.from_numpy(layout.write_slots).to(self._device, non_blocking=True), layout.ends)
         last = self._last
