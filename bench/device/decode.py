@@ -38,8 +38,8 @@ class Standing:
     """An engine whose policy has a whole grove in its KV tree, and the branches that stand on its rows."""
 
     engine: Engine
+    nodes: list[Branch]  # the grove's, the prompt first
     branches: list[Branch]
-    prompt_tokens: int
 
     @classmethod
     def at(cls, bench: Bench, engine: Engine) -> "Standing":
@@ -57,7 +57,7 @@ class Standing:
             assert nodes is not None, "the pool has no room for the tree"
             for node, step in zip(nodes, made[row].path, strict=True):
                 runner.tree.set_computed(node, len(step.tokens))
-        return cls(engine, [made[row] for row in grove.rows], len(made[0].tokens))
+        return cls(engine, made, [made[row] for row in grove.rows])
 
     def step(self, new: int) -> None:
         """A step of so many tokens behind every branch, all of them cut there."""
@@ -68,7 +68,10 @@ class Standing:
         policy, driver = self.engine.policy, Driver(program())
         limits = Limits(max_step_tokens=new, max_tokens=1 << 30, max_positions=1 << 30)
         method = make_method("majority", n=len(self.branches))
-        context = drawing(driver, "tick", limits, self.prompt_tokens, method, PolicyLedger(), lambda branch: None)
+        context = drawing(driver, "tick", limits, len(self.nodes[0].tokens), method, PolicyLedger(), lambda branch: None)
+        for branch in self.nodes:
+            if branch.parent is not None:
+                context.steps.add(branch.identity, branch.parent.identity, branch.tokens)
         for ask in driver.asks():
             policy.submit(context, ask)
         while policy.busy:
