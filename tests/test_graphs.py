@@ -40,7 +40,7 @@ advance = pytest.importorskip("tts_kernels.advance")
 
 VOCAB, SLOTS, POISON = 97, 700, -(1 << 20)
 AFTER = np.tile(np.where(np.arange(VOCAB) % 9 == 0, CLOSED, TEXT).astype(np.uint8), (3, 1))
-PIECES = [b"a"] * 90 + [b"\n"] * 7  # two of the last close a step
+PIECES = [b"a"] * 70 + [b".\n\n"] * 27  # a step closes with one of the last
 ENDS = np.arange(VOCAB) % 10 == 5
 SETTINGS = [Sampling(temperature=t, top_k=k, top_p=p, min_p=m)
             for t, k, p, m in [(0, 0, 1, 0), (0.7, 0, 1, 0), (1.3, 9, 1, 0), (0.9, 0, 0.6, 0), (1, 30, 0.9, 0.05)]]  # fmt: skip
