@@ -115,6 +115,31 @@ def test_what_would_make_a_strategy_look_better_than_it_is_is_refused(runs, pilo
     assert words in str(refusal.value) and "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"policy": None}, "the run.json of runs/beam4 is not as a run of this version has it"),
+        ({"policy": {"name": "small", "parameters": 1}}, "is not as a run"),
+        ({"prm": {"name": "judge", "parameters": "many", "sha256": {}}}, "is not as a run"),
+        ({"task": None}, "is not as a run"),
+        ({"task": {"name": "sums", "split": "calibration"}}, "is not as a run"),
+        ({"seed": "0"}, "is not as a run"),
+        ({"method": {"name": "beam", "n": 4}}, "is not as a run"),
+        ({"method": {"name": "majority", "n": 4, "max_steps": 40, "rules": {}}}, "is not as a run"),
+        ({"method": {"name": "beam", "n": 5}}, "n=5 must be a multiple of width=4"),
+        ({"method": {"name": "auto", "n": 4}}, "runs/beam4 is a run of 'auto', and a strategy chooses among cot, majority"),
+    ],
+)
+def test_a_run_that_was_written_otherwise_is_one_sentence(changed, words):
+    sound = RUNS[3]
+    sound.check()
+    with pytest.raises(StrategyError) as refusal:
+        replace(sound, description=sound.description | changed).check()
+    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+    with pytest.raises(StrategyError, match="holds no finished problem yet"):
+        replace(sound, outcomes={}).check()
+
+
 def test_outcomes_count_both_models_and_need_a_gold_answer():
     ledger = Ledger.empty()
     ledger.policy.linear_flops, ledger.policy.attention_flops, ledger.prm.head_flops, ledger.seconds = 1, 2, 4, 9.0

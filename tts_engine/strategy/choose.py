@@ -180,20 +180,29 @@ class Evidence:
         if not self.outcomes and not self.draws:
             raise StrategyError(f"{self.name} holds no finished problem yet")
         try:
-            task, models = self.description["task"], [self.description["policy"], self.description["prm"]]
-            texts = [task["name"], task["split"], task["problems_sha256"], self.method["name"], *(m["name"] for m in models if m)]
-            counts = [self.n, self.description["seed"], *(m["parameters"] for m in models if m)]
-            files = [m["sha256"] for m in models if m]
-            sound = all(isinstance(text, str) for text in texts) and all(isinstance(count, int) for count in counts)
-            sound = sound and all(isinstance(file, dict) for file in files)
+            task, models = self.description["task"], [self.description[part] for part in ("policy", "prm")]
+            models = [model for model in models if model is not None]
+            texts = [
+                task["name"],
+                task["split"],
+                task["problems_sha256"],
+                self.method["name"],
+                *(model["name"] for model in models),
+            ]
+            counts = [self.description["seed"], *(model["parameters"] for model in models)]
+            sound = self.description["policy"] is not None and all(isinstance(model["sha256"], dict) for model in models)
+            sound = sound and all(isinstance(text, str) for text in texts) and all(isinstance(count, int) for count in counts)
+            if sound and self.method["name"] not in METHODS:
+                known = ", ".join(METHODS)
+                raise StrategyError(f"{self.name} is a run of {self.method['name']!r:.40}, and a strategy chooses among {known}")
+            whole = asdict(method_of(self.method)) if sound else {}  # type: ignore[call-overload]
+            sound = sound and all(
+                set(own) <= set(self.method["rules"]) if key == "rules" else key in self.method for key, own in whole.items()
+            )
         except (KeyError, TypeError, AttributeError):
             sound = False
         if not sound:
             raise StrategyError(f"the run.json of {self.name} is not as a run of this version has it")
-        if self.method["name"] not in METHODS:
-            raise StrategyError(
-                f"{self.name} is a run of {self.method['name']!r:.40}, and a strategy chooses among {', '.join(METHODS)}"
-            )
 
     @property
     def policy(self) -> dict[str, str]:
