@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tts_engine import policy as policy_room
 from tts_engine.branch import Finish
 from tts_engine.engine import Engine, EngineConfig
 from tts_engine.errors import EngineError, OutOfBlocks
@@ -147,6 +148,75 @@ def test_a_second_search_in_a_warm_engine_gives_the_same_bits_for_less(models, a
         first, second = (engine.search(PROBLEMS[0], method, seed=3)[0] for _ in range(2))
         assert essence(first) == essence(second) == essence(alone[method])
         assert second.ledger.prm.tokens_computed < first.ledger.prm.tokens_computed
+
+
+@pytest.mark.parametrize(
+    ("settings", "count", "batch"),
+    [({}, 1, 2048), ({}, 4, 40), ({"forgetful": True}, 2, 2048), ({"max_rows": 3}, 2, 2048), ({"max_rows": 11}, 3, 40)],
+    ids=["alone", "others beside", "forgetful", "few rows", "some rows"],
+)
+@by_name
+def test_speculation_changes_no_bit(models, alone, monkeypatch, method, settings, count, batch):
+    monkeypatch.setattr(policy_room, "GUESS_ROWS", {"cpu": 40})
+    monkeypatch.setattr(scorer_room, "BATCH_TOKENS", batch)
+    engine = load(models, deterministic=True, speculate=True, **settings)
+    policy, forward = engine.policy, engine.policy.runner.forward
+
+    def yielding(segments, read_at):
+        assert not (policy._waiting and policy._num_guessing), "a draw waits while rows decode what nobody asked for"
+        return forward(segments, read_at)
+
+    monkeypatch.setattr(policy.runner, "forward", yielding)
+    results = engine.search(PROBLEMS[:count], method, seed=3)
+    assert essence(results[0]) == essence(alone[method])
+    assert_at_rest(engine)
+    guessed = sum(result.ledger.policy.tokens_adopted + result.ledger.policy.tokens_wasted for result in results)
+    assert (guessed > 0) == (method.name in ("beam", "dvts"))
+
+
+@pytest.mark.parametrize("method", STEP_METHODS[1:3], ids=lambda method: method.name)
+def test_speculation_yields_to_a_budget_that_holds_little_more_than_one_branch(models, alone, monkeypatch, method):
+    monkeypatch.setattr(policy_room, "GUESS_ROWS", {"cpu": 40})
+    for blocks in (27, 60):
+        engine = load(models, deterministic=True, speculate=True, kv_bytes=tiny_pool(models, blocks))
+        results = engine.search(PROBLEMS[:3], method, seed=3)
+        assert essence(results[0]) == essence(alone[method])
+        assert_at_rest(engine)
+    assert sum(result.ledger.policy.tokens_wasted for result in results) > 0
+
+
+@pytest.mark.parametrize("method", STEP_METHODS[1:3], ids=lambda method: method.name)
+def test_what_speculation_wasted_is_told_and_nothing_else_is_more(models, alone, method):
+    engine = load(models, deterministic=True, speculate=True)
+    (result,) = engine.search(PROBLEMS[0], method, seed=3)
+    ours, ref = result.ledger.policy, alone[method].ledger.policy
+    assert 0 < ours.tokens_adopted <= ours.tokens_generated == ref.tokens_generated
+    assert ours.tokens_wasted > 0 and ours.speculation_flops > 0 == ref.speculation_flops
+    assert ours.useful_flops == ours.ideal_flops == ref.ideal_flops
+    assert result.ledger.prm.tokens_computed == alone[method].ledger.prm.tokens_computed
+
+
+@pytest.mark.parametrize("ticks", [5, 12, 25, 40])
+def test_a_search_cancelled_or_failing_while_it_speculates_leaves_nothing_behind(models, alone, monkeypatch, ticks):
+    monkeypatch.setattr(policy_room, "GUESS_ROWS", {"cpu": 40})
+    engine, method = load(models, deterministic=True, speculate=True, max_rows=12), STEP_METHODS[1]
+    forward, calls = engine.policy.runner.forward, iter(range(1000))
+
+    def failing(segments, read_at):
+        if next(calls) == ticks:
+            raise KeyboardInterrupt
+        return forward(segments, read_at)
+
+    monkeypatch.setattr(engine.policy.runner, "forward", failing)
+    with pytest.raises(KeyboardInterrupt):
+        engine.search(PROBLEMS[:3], method, seed=3)
+    assert_at_rest(engine)
+    assert not engine.policy._guesses and not engine.policy._rounds
+    stream = engine.stream(PROBLEMS[:3], method, seed=3)
+    next(stream)
+    stream.close()
+    assert_at_rest(engine)
+    assert essence(engine.search(PROBLEMS[0], method, seed=3)[0]) == essence(alone[method])
 
 
 def test_restricted_draws_and_the_other_prm_family_keep_the_law_too(models):

@@ -56,7 +56,7 @@ def written_at(*contexts: int) -> int:
 
 
 def wasted(ledger, **reasons: int) -> bool:
-    return ledger.wasted_flops == {"padding": 0, "duplicates": 0, "rereading": 0, "recompute": 0} | reasons
+    return ledger.wasted_flops == {"padding": 0, "duplicates": 0, "rereading": 0, "recompute": 0, "speculation": 0} | reasons
 
 
 def test_one_trajectory_costs_every_token_but_its_last_and_a_head_for_each_drawn():
@@ -426,7 +426,8 @@ def test_ledgers_add_up_and_go_to_json_and_back():
     total.add(one)
     assert (total.flops, one.flops, total.seconds, total.phases.prm) == (272, 136, 1.0, 0.5)
     assert total.useful == pytest.approx(112 / 136)
-    assert total.wasted == pytest.approx({"padding": 20 / 136, "duplicates": 4 / 136, "rereading": 0, "recompute": 0})
+    assert total.wasted == pytest.approx({"padding": 20 / 136, "duplicates": 4 / 136, "rereading": 0, "recompute": 0,
+                                         "speculation": 0})  # fmt: skip
     assert (one.policy.found_flops, one.prm.found_flops) == (0, 1)
     record = json.loads(json.dumps(total.as_dict()))
     assert record["policy"]["flops"] == 32 and record["prm"]["flops"] == 240 and record["prm"]["useful_flops"] == 200

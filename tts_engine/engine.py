@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -55,7 +56,9 @@ class EngineConfig:
     whole solution are cut. system: a system message, "" for none; None asks as the policy's family is used to, see
     tasks/prompts.py. steps: what closes a step, one of steps.STEP_MARKERS; a number, as in steps="50", makes steps of as many
     tokens on average whatever they say, for benchmarks. deterministic: a search's tokens never depend on what runs beside it,
-    nor on evictions; slower. load: "random" makes the weights up, so that a config.json and a tokenizer are enough.
+    nor on evictions; slower. speculate: rows that would stand idle draw the next steps of the likeliest children while their
+    siblings are still drawn; no result depends on it. load: "random" makes the weights up, so that a config.json and a tokenizer
+    are enough.
     """
 
     load: str = "weights"
@@ -74,6 +77,7 @@ class EngineConfig:
     steps: str = "blank-line"
     prm_family: str | None = None
     deterministic: bool = False
+    speculate: bool = False
 
     def __post_init__(self) -> None:
         if self.load not in SOURCES:
@@ -167,7 +171,9 @@ class Engine:
         spec = decoders[0].spec
         rule = step_rule(config.steps, token_bytes(tokenizer), end_ids(tokenizer, checkpoints[0].directory), spec.vocab_size)
         scorer = make_scorer(runners[1], checkpoints[1], config.prm_family) if prm is not None else None
-        policy_of_rule = Policy(runners[0], rule, max_rows=config.max_rows, graphs=make_graphs(runners[0], rule))
+        policy_of_rule = Policy(
+            runners[0], rule, max_rows=config.max_rows, graphs=make_graphs(runners[0], rule), speculate=config.speculate
+        )
         return cls(config, policy_of_rule, scorer, tokenizer, Grader())
 
     def __enter__(self) -> Self:
@@ -259,9 +265,9 @@ class Engine:
 
     def _tick(self) -> None:
         """One forward of one model. The PRM's turn comes when there is a batch to read, or when more branches wait for it than for
-        the policy: large batches pay."""
-        scorer = self.scorer
-        if scorer is not None and (scorer.worth_a_tick or scorer.num_open > self.policy.num_open):
+        the policy: large batches pay. Or when what it says decides what idle rows draw."""
+        scorer, policy = self.scorer, self.policy
+        if scorer is not None and (scorer.worth_a_tick or scorer.num_open > policy.num_open or policy.wants_scores()):
             scorer.tick()
             self._ticked = "prm"
         else:
@@ -270,16 +276,18 @@ class Engine:
 
     def _pass_on(self, search: _Search) -> None:
         """Hand on what closed and what a program asks, until it waits for a model or is done."""
-        for branch in search.driver.arrived():
-            assert self.scorer is not None and search.scoring is not None, "stream() refuses a method that lacks its PRM"
-            self.scorer.offer(search.scoring, branch)
-        while asks := search.driver.asks():
+        while any(news := (search.driver.arrived(), search.driver.asks())):
+            arrived, asks = news
+            for branch in arrived:
+                assert self.scorer is not None and search.scoring is not None, "stream() refuses a method that lacks its PRM"
+                self.scorer.offer(search.scoring, branch)
             for ask in asks:
                 if ask.draws:
                     self.policy.submit(search.drawing, ask)
                 else:
                     assert self.scorer is not None and search.scoring is not None, "stream() refuses a method that lacks its PRM"
                     self.scorer.submit(search.scoring, ask)
+        self.policy.settle(search.drawing)
 
     def _prepare(self, problem: Problem, method: Method) -> _Prepared:
         """What a search starts from, once it is certain that it can run."""
@@ -350,7 +358,9 @@ class Engine:
         )
         scoring = None
         if method.uses_prm:
+            assert self.scorer is not None, "stream() refuses a method that lacks its PRM"
             scoring = ScoreContext(driver=driver, opening=prepared.opening, ledger=ledger.prm, scored=record)
+            drawing.score_of = partial(self.scorer.score_of, scoring)
         if pilot is not None:  # what it computed is known, and a step that it drew is no new one
             drawing.steps = pilot.drawing.steps
             if scoring is not None and pilot.scoring is not None:

@@ -22,6 +22,7 @@ was wasted. Every FLOP of the waste has one reason:
 - rereading: a token whose keys and values are there goes through the layers again, because its hidden state is wanted and was not
   kept: the last token of a step behind which more is drawn later; the PRM's marker behind a step equal to one read before.
 - recompute: keys and values were evicted, or given up by a draw that was preempted.
+- speculation: a step was begun, on rows that would have stood idle, before it was asked for, and then it was not.
 
 Example: a prompt of 5 tokens, steps of 4 and 3 tokens behind one another. Tokens: 5 + 4 + 2; rows of logits: 1 + 4 + 2. Had the
 first step been drawn twice, 3 tokens and 3 rows of logits would be duplicates.
@@ -181,6 +182,7 @@ class ModelLedger:
     duplicate_flops: int = field(default=0, metadata=LATER)
     rereading_flops: int = field(default=0, metadata=LATER)
     recompute_flops: int = field(default=0, metadata=LATER)
+    speculation_flops: int = field(default=0, metadata=LATER)
     ideal_flops: int = field(default=0, metadata=LATER)
     # Keys and values in the search's widest round, see Held; of several searches added up.
     kv_distinct_bytes: int = field(default=0, metadata=LATER)
@@ -199,6 +201,7 @@ class ModelLedger:
             "duplicates": self.duplicate_flops,
             "rereading": self.rereading_flops,
             "recompute": self.recompute_flops,
+            "speculation": self.speculation_flops,
         }
 
     @property
@@ -221,6 +224,8 @@ class PolicyLedger(ModelLedger):
     tokens_generated: int = 0  # tokens drawn, whether their branch was kept or not
     tokens_unshared: int = 0  # prompt and steps of every trajectory, each prefilled and decoded on its own
     tokens_accepted: int = field(default=0, metadata=LATER)  # of those drawn, on branches that are voted on, a shared step once
+    tokens_adopted: int = field(default=0, metadata=LATER)  # of those drawn, before they were asked for
+    tokens_wasted: int = field(default=0, metadata=LATER)  # beside those drawn: before they were asked for, and they never were
 
 
 @dataclass(slots=True, kw_only=True)

@@ -5,7 +5,7 @@ parent share one forward), and then is a row of every tick until its step closes
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,13 +19,14 @@ from .ledger import DistinctStep, DistinctSteps, PolicyLedger, Work, pairs
 from .rows import END, FAULT, WHOLE, Rows, Run
 from .runner import ModelRunner
 from .sampling import Sampling, sample
-from .search.driver import Answer, Ask, Draw, Driver
+from .search.driver import Answer, Ask, Draw, Driver, Round
 from .steps import StepRule
 
 NO_TOKEN = -1  # what `sample` draws from logits that are no numbers
 MAX_PREFILL = 4096  # tokens of prompts and forgotten steps that one tick reads, beside at least one parent
 ANSWER_SIGN = "\\boxed{"
 NOT_FINITE = "the policy's logits are not finite: its weights or dtype are at fault"
+GUESS_ROWS = {"cpu": 16, "cuda": 192}  # by kind of device: beyond so many, a row that nobody asked for costs as much as another
 COVER = 2  # ticks that a device does while the host closes the steps that ended before them
 
 
@@ -44,7 +45,8 @@ class Limits:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class DrawContext:
-    """What all draws of one search have in common. `drawn` is told every child as it closes."""
+    """What all draws of one search have in common. `drawn` is told every child as it closes. score_of: the score of a child that
+    was read before anybody asked, None where it was not yet."""
 
     driver: Driver
     sampling: Sampling
@@ -54,8 +56,10 @@ class DrawContext:
     prompt_tokens: int
     ledger: PolicyLedger
     drawn: Callable[[Branch], None]
+    score_of: Callable[[Branch], float | None] = lambda child: None
     nodes: dict[int, int] = field(default_factory=dict)  # by identity: the step's node, all above it computed; or a stale handle
     steps: DistinctSteps = field(init=False)  # those that closed
+    ventured: dict[int, int] = field(default_factory=dict)  # by identity of a step: FLOPs behind it for guesses alone
 
     def __post_init__(self) -> None:
         self.steps = DistinctSteps(self.prompt_tokens)
@@ -64,18 +68,25 @@ class DrawContext:
 @dataclass(slots=True, eq=False)
 class _Row:
     """One draw on its way to its `place` in an answer: waiting, or decoding under a lease. A row that was preempted waits with the
-    tokens it has and resumes behind them."""
+    tokens it has and resumes behind them.
+
+    A guess is a draw that nobody has asked for, but may when `round` is over; it is asked for in its turn, or dropped.
+    """
 
     context: DrawContext
-    answer: Answer
+    answer: Answer | None
     place: int
     draw: Draw
+    round: Round | None = None  # of a guess
     tokens: list[int] = field(default_factory=list)
     lease: int = NO_NODE
     path_start: int = 0  # tokens on the path before the step
     first: int = 0  # tokens it had when its lease began
     seat: int = 0  # among the rows of the ticks that are under way
     computed: int = 0  # leading tokens that were computed in earlier leases
+    text: str = ""  # once its step is whole
+    finish: Finish | None = None
+    flops: int = 0  # of a guess whose step is whole
 
 
 @dataclass(slots=True, eq=False)
@@ -114,14 +125,18 @@ class _Batch:
 class Policy:
     """Draws for many searches over one model. `submit` what a driver asks; `tick` until `busy` is False."""
 
-    def __init__(self, runner: ModelRunner, rule: StepRule, *, max_rows: int, graphs: DecodeGraphs | None = None) -> None:
+    def __init__(self, runner: ModelRunner, rule: StepRule, *, max_rows: int, graphs: DecodeGraphs | None = None,
+                 speculate: bool = False) -> None:  # fmt: skip
         """graphs: of that decoder and cache, for that rule. With them rows decode for many ticks on end, and the host does what is
-        its own meanwhile."""
+        its own meanwhile. speculate: rows that would stand idle draw what is likely to be asked for next."""
         self.runner, self.rule, self.max_rows, self.graphs = runner, rule, max_rows, graphs
+        self.speculate = speculate
         self.preemptions = 0
         self._head_flops = runner.decoder.spec.lm_head_flops
         self._waiting: deque[_Row] = deque()
         self._rows = Rows[_Row](max_rows)
+        self._rounds: list[tuple[DrawContext, Round]] = []  # under way, whose programs say how they go on
+        self._guesses: list[_Row] = []  # oldest first, decoding or whole
         self._samplings: dict[Sampling, int] = {}
         self._under_way = 0  # ticks that the graphs were told to do
         self._seated = False  # the last forward was read by draws that it seated
@@ -132,13 +147,27 @@ class Policy:
 
     @property
     def num_open(self) -> int:
-        """Draws waiting or decoding."""
-        return len(self._waiting) + len(self._rows)
+        """Draws asked for that wait or decode."""
+        return len(self._waiting) + len(self._rows) - self._num_guessing
 
     def submit(self, context: DrawContext, ask: Ask) -> None:
-        """Take an Expand; it is answered through the context's driver during some tick."""
+        """Take an Expand; it is answered through the context's driver during some tick, or at once where all of it was guessed."""
         answer = Answer(context.driver, ask)
-        self._waiting.extend(_Row(context, answer, place, draw) for place, draw in enumerate(ask.draws))
+        if self.speculate and ask.round is not None and ask.round.outlook.kept is not None:
+            self._rounds.append((context, ask.round))
+        guesses = {row.draw.identity: row for row in self._guesses if row.context is context}
+        for place, draw in enumerate(ask.draws):
+            guess = guesses.get(draw.identity)
+            if guess is None:
+                self._waiting.append(_Row(context, answer, place, draw))
+            else:
+                self._adopt(guess, answer, place, draw)
+
+    def settle(self, context: DrawContext) -> None:
+        """Drop the guesses that were not asked for when their program went on."""
+        if any(round.over for _, round in self._rounds):
+            self._drop([row for row in self._guesses if row.context is context and row.round is not None and row.round.over])
+            self._rounds = [(whose, round) for whose, round in self._rounds if whose is not context or not round.over]
 
     def abandon(self, context: DrawContext) -> None:
         """Forget every draw of one search and give up its leases."""
@@ -147,6 +176,8 @@ class Policy:
             if row.context is context:
                 self.runner.tree.release(row.lease)
         self._rows.keep([row.context is not context for row in self._rows.owners])
+        self._guesses = [row for row in self._guesses if row.context is not context]
+        self._rounds = [(whose, round) for whose, round in self._rounds if whose is not context]
 
     def tick(self) -> None:
         """Admit what fits, run one forward, draw one token a row, close the steps that ended.
@@ -162,9 +193,8 @@ class Policy:
             self._leave(leaving)
         if self._under_way:
             return
-        decoding = len(self._rows)
         batch = _Batch() if self._seated and self._rows and self.graphs is not None else self._admit()
-        self._seated = False
+        self._seated, decoding = False, len(self._rows) - len(batch.sources)
         try:
             if not self._rows or self._start(TICKS, batch):
                 return
@@ -179,15 +209,20 @@ class Policy:
 
     def _admit(self) -> _Batch:
         """Seat waiting draws, oldest first, while rows, blocks and the tick's prefill last; what must be read for them."""
-        batch, tree = _Batch(), self.runner.tree
-        while self._waiting and len(self._rows) < self.max_rows:
-            if self._rows and (tree.available() <= len(self._rows) or batch.num_tokens >= MAX_PREFILL):
-                break  # each row at work may want another block soon
-            if not self._seat(batch, self._waiting[0]):
+        batch = _Batch()
+        while self._waiting and not (self._rows and batch.num_tokens >= MAX_PREFILL):
+            if self._has_room() and self._seat(batch, self._waiting[0]):
+                self._waiting.popleft()
+            elif not self._give_way():
                 assert self._rows, "a branch that was found to fit the pool does not"
                 break
-            self._waiting.popleft()
+        if self._rounds and not self._waiting:
+            self._guess(batch)
         return batch
+
+    def _has_room(self) -> bool:
+        """For one more row; each row at work may want another block soon."""
+        return not self._rows or (len(self._rows) < self.max_rows and self.runner.tree.available() > len(self._rows))
 
     def _seat(self, batch: _Batch, row: _Row) -> bool:
         """Give a draw a lease and a place among the rows; False where there is no room for its path or its tokens."""
@@ -273,7 +308,10 @@ class Policy:
             row = self._rows.pop()
             self.runner.tree.release(row.lease)
             row.context.nodes.clear()  # some of them were to be computed
-            self._waiting.appendleft(row)
+            if row.round is None:
+                self._waiting.appendleft(row)
+            else:
+                self._guesses.remove(row)
 
     # One token a row
 
@@ -302,7 +340,11 @@ class Policy:
             self._close(row, Finish.EOS if why & END else None if why & WHOLE else Finish.LENGTH)
 
     def _extend(self) -> None:
-        """One more slot for every row that goes on; the youngest rows give way where blocks run out."""
+        """One more slot for every row that goes on; guesses, and then the youngest rows, give way where blocks run out."""
+        tree = self.runner.tree
+        while self._guesses and np.count_nonzero((self._rows.table["length"] - 1) % tree.block_size == 0) > tree.available():
+            if not self._give_way():
+                break
         done = 0
         while done < len(self._rows):
             done += self.runner.tree.extend_many(self._rows.table["lease"][done:], 1)
@@ -311,6 +353,8 @@ class Policy:
                 done = min(done, len(self._rows))
 
     def _preempt(self, row: _Row) -> None:
+        if row.round is not None:
+            return self._drop([row])
         self._charge_lease(row)
         self.runner.tree.release(row.lease)
         self._waiting.appendleft(row)
@@ -325,28 +369,106 @@ class Policy:
         used = row.path_start - context.prompt_tokens + len(tokens)
         if finish is None and context.limits.step_room(used, context.prompt_tokens) <= 0:
             finish = Finish.LENGTH
-        self._charge_lease(row)
-        step = context.steps.add(draw.identity, draw.branch.identity, tokens)
-        step.computed = max(step.computed, step.written)
+        row.flops = self._charge_lease(row)
         if finish is None:
             context.nodes[draw.identity] = tree.keep(row.lease, tokens, len(tokens) - 1)
         else:
             tree.release(row.lease)
+        row.lease, row.text, row.finish = NO_NODE, text, finish
+        if row.round is None:
+            self._deliver(row)
+
+    def _deliver(self, row: _Row) -> None:
+        """A step that is whole and asked for becomes the child."""
+        context, draw, tokens = row.context, row.draw, tuple(row.tokens)
+        step = context.steps.add(draw.identity, draw.branch.identity, tokens)
+        step.computed = max(step.computed, step.written)
         context.ledger.tokens_generated += len(tokens)
-        self._pass_on(row, Branch(draw.branch, tokens, text, draw.identity, draw.lane, draw.draw, finish))
+        self._pass_on(row, Branch(draw.branch, tokens, row.text, draw.identity, draw.lane, draw.draw, row.finish))
 
     def _pass_on(self, row: _Row, child: Branch) -> None:
         """Answer the ask with the child, or draw on where the whole trajectory was asked for."""
-        context = row.context
+        context, answer = row.context, row.answer
+        assert answer is not None, "nobody asked for this draw"
         if row.draw.to_end and child.depth >= context.max_steps:
             child = child.ended(Finish.DEPTH)
         context.drawn(child)
-        row.answer.close_step(child)
+        answer.close_step(child)
         if row.draw.to_end and not child.finished:
             draw = context.driver.next_draw(child, row.draw.lane, to_end=True)
-            self._waiting.appendleft(_Row(context, row.answer, row.place, draw))
+            self._waiting.appendleft(_Row(context, answer, row.place, draw))
         else:
-            row.answer.put(row.place, child)
+            answer.put(row.place, child)
+
+    # Draws that nobody has asked for yet
+
+    @property
+    def _num_guessing(self) -> int:
+        """Guesses that decode."""
+        return sum(row.lease != NO_NODE for row in self._guesses)
+
+    @property
+    def _most_guessing(self) -> int:
+        """Rows, asked for or not, up to which guesses are seated."""
+        return min(self.max_rows, GUESS_ROWS[self.runner.decoder.device.type])
+
+    def wants_scores(self) -> bool:
+        """Whether guesses would be made if more of what has closed had been read: of some round as many as are still drawn, and as
+        many as will go on."""
+        if len(self._rows) >= self._most_guessing:
+            return False
+        for context, round in self._rounds:
+            round.look(context.score_of)
+        return any(round.worth_reading for _, round in self._rounds)
+
+    def _guess(self, batch: _Batch) -> None:
+        """Seat what is likely to be asked for, a round at most on as many rows as its own draws had; what no longer is leaves."""
+        tree = self.runner.tree
+        for context, round in self._rounds:
+            round.look(context.score_of)
+            if round.over or not round.kept:
+                continue
+            made = {row.draw.identity: row for row in self._guesses if row.round is round}
+            likely = [draw for child in round.kept
+                      for draw in context.driver.foreseen(child, round.lane, round.outlook.width)]  # fmt: skip
+            self._drop([made.pop(identity) for identity in made.keys() - {draw.identity for draw in likely}])
+            idle = round.num_draws - round.num_open - sum(row.lease != NO_NODE for row in made.values())
+            for draw in likely:
+                if draw.identity in made:
+                    continue
+                crowded = len(self._rows) >= self._most_guessing or tree.available() <= 2 * len(self._rows)
+                guess = _Row(context, None, 0, draw, round)
+                if idle <= 0 or crowded or batch.num_tokens >= MAX_PREFILL or not self._seat(batch, guess):
+                    break
+                self._guesses.append(guess)
+                idle -= 1
+
+    def _adopt(self, guess: _Row, answer: Answer, place: int, draw: Draw) -> None:
+        """A guess is asked for: from here on it is a row like others, or a child at once."""
+        self._guesses.remove(guess)
+        guess.answer, guess.place, guess.draw, guess.round = answer, place, draw, None
+        guess.context.ledger.tokens_adopted += len(guess.tokens)
+        if guess.lease == NO_NODE:
+            self._deliver(guess)
+
+    def _give_way(self) -> bool:
+        """Drop the youngest guess that decodes; False where there is none."""
+        youngest = [row for row in self._guesses if row.lease != NO_NODE][-1:]
+        self._drop(youngest)
+        return bool(youngest)
+
+    def _drop(self, guesses: Sequence[_Row]) -> None:
+        """Give up guesses, and count them as waste."""
+        for row in guesses:
+            if row.lease != NO_NODE:
+                row.flops = self._charge_lease(row) if row.tokens else 0  # none: its first ones are under way
+                self.runner.tree.release(row.lease)
+            row.context.ledger.tokens_wasted += len(row.tokens)
+            row.context.ledger.speculation_flops += row.flops
+        if guesses:
+            left = {id(row) for row in guesses}
+            self._rows.keep([id(row) not in left for row in self._rows.owners])
+            self._guesses = [row for row in self._guesses if id(row) not in left]
 
     # Many ticks on end
 
@@ -406,6 +528,10 @@ class Policy:
         """What of a search's costs follows from its tree, once all of it is drawn."""
         context.ledger.ideal_flops = self.flops(context.steps.drawn_once())
         context.ledger.duplicate_flops = self.flops(context.steps.drawn_again())
+        context.ledger.speculation_flops += sum(
+            flops for identity, flops in context.ventured.items() if not context.steps[identity].expanded
+        )
+        context.ventured.clear()
         context.ledger.hold(context.steps.widest_round(), self.runner.token_bytes)
 
     def flops(self, work: Work) -> int:
@@ -430,13 +556,16 @@ class Policy:
                 step = context.steps[row.draw.branch.identity]
                 if step.computed == step.tokens:
                     self._charge_waste(context, read, batch.missing[number].kept)
+                elif row.round is not None:
+                    tail = _through(step.start + step.computed, step.tokens - step.computed)
+                    context.ventured[row.draw.branch.identity] = self.flops(tail) + self.flops(read)
                 computed.append(step)
         for step in computed:
             step.computed = step.tokens
 
-    def _charge_lease(self, row: _Row) -> None:
-        """Count what a row computed since its lease began: every token but the newest, and the logits of what it drew."""
-        context, start, written = row.context, row.path_start, len(row.tokens) - 1
+    def _charge_lease(self, row: _Row) -> int:
+        """Count what a row computed since its lease began: every token but the newest, and the logits of what it drew; in FLOPs."""
+        context, start, written, before = row.context, row.path_start, len(row.tokens) - 1, row.context.ledger.flops
         self._charge(context, _through(start, written))
         # The first draw of a lease reads logits of the parent's run, or of the resuming run: counted in _charge_runs.
         if written > row.first:
@@ -444,6 +573,7 @@ class Policy:
         if row.computed:
             self._charge_waste(context, _through(start, min(row.computed, written)), kept=False)
         row.computed = max(row.computed, written)
+        return context.ledger.flops - before
 
     def _charge(self, context: DrawContext, work: Work) -> None:
         self.runner.charge(context.ledger, work, self._head_flops)

@@ -29,7 +29,7 @@ def test_a_cell_adds_up_its_records_in_order_of_their_ids():
     told = cell.as_dict()
     assert told["interval_95"] == pytest.approx([0.0945, 0.9055], abs=1e-4)
     assert (told["correct_per_pflop"], told["correct_per_s"], told["useful"]) == pytest.approx((125_000, 1, 0.875))
-    assert told["wasted"] == pytest.approx({"padding": 0, "duplicates": 0.1, "rereading": 0.025, "recompute": 0})
+    assert told["wasted"] == pytest.approx({"padding": 0, "duplicates": 0.1, "rereading": 0.025, "recompute": 0, "speculation": 0})
 
 
 def test_useful_flops_are_told_where_every_record_counts_them():

@@ -146,6 +146,60 @@ def test_methods_say_which_steps_they_will_have_scored(method, rules, ended):
             assert driver.arrived() == [step] * scored
 
 
+def test_draws_are_foreseen_as_they_will_be_asked_for():
+    def program():
+        first = yield Expand([ROOT, ROOT])
+        return (yield Join([again(first[1])]))[0]
+
+    def again(branch):
+        yield Expand([branch])
+        return (yield Expand([branch, branch, ROOT]))
+
+    driver = Driver(program())
+    (ask,) = driver.asks()
+    child = children_of(ask)[1]
+    ahead = driver.foreseen(child, (0,), 3)
+    driver.answer(ask, children_of(ask))
+    for count in (1, 2):
+        (ask,) = driver.asks()
+        assert [(d.lane, d.draw, d.identity) for d in ask.draws[:count]] == [(d.lane, d.draw, d.identity) for d in ahead[:count]]
+        del ahead[:count]
+        driver.answer(ask, children_of(ask))
+    assert [d.draw for d in driver.foreseen(ROOT, (), 2)] == [2, 3] and not ahead
+
+
+def test_a_round_knows_whose_scores_are_missing_and_when_it_is_over():
+    outlook = Outlook(lambda child: child.draw != 3, lambda scored: sorted(scored, key=lambda child: -child.score)[:1], 2)
+
+    def program():
+        children = yield Expand([ROOT] * 4, outlook=outlook)
+        yield Expand(children[:2])
+        return []
+
+    driver, scores = Driver(program()), {}
+    (ask,) = driver.asks()
+    children, round = children_of(ask), ask.round
+    for place, worth in ((0, False), (1, True), (2, True), (3, False)):
+        driver.close_step(ask, children[place])
+        round.look(lambda child: scores.get(child.draw))
+        assert (round.worth_reading, round.num_open) == (worth, 3 - place)
+        assert [child.draw for child in round.unread] == [0, 1, 2][: place + 1]
+    for draw, score, best in ((1, 0.25, 1), (0, 0.5, 0), (2, 0.3, 0)):
+        scores[draw] = score
+        round.look(lambda child: scores.get(child.draw))
+        assert [(child.draw, child.score) for child in round.kept] == [(best, scores[best])]
+    assert not round.unread and not round.over
+    driver.answer(ask, children)
+    assert round.over and driver.asks()[0].round is None
+
+
+def test_closing_ends_every_round():
+    driver = Driver(make_method("dvts", n=8).program(ROOT))
+    rounds = [ask.round for ask in driver.asks()]
+    driver.close()
+    assert [round.over for round in rounds] == [True, True]
+
+
 def test_empty_requests_are_answered_at_once():
     def program():
         assert (yield Expand([])) == []

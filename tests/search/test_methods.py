@@ -2,14 +2,15 @@
 
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from tts_engine.branch import Branch, root_branch
 from tts_engine.errors import EngineError
-from tts_engine.search import METHODS, PRESETS, SAL, BeamSearch, Cot, Dvts, MethodError, make_method
+from tts_engine.search import METHODS, PRESETS, SAL, BeamSearch, Cot, Driver, Dvts, MethodError, make_method
 from tts_engine.testing import play_method, random_policy, random_prm
 
 UNSHRUNK = (Phase.explicit, Phase.reuse, Phase.generate)  # a smaller seed is no simpler script
@@ -116,3 +117,31 @@ def test_how_many_branches_are_voted(seed, n, rules):
             assert voted >= n // method.width
         elif method.name == "rebase":
             assert 1 <= voted <= n
+
+
+@pytest.mark.parametrize("rules", ["paper", "sal", {"finished": "hold"}], ids=str)
+@pytest.mark.parametrize("name", ["beam", "dvts"])
+def test_who_is_kept_of_a_round_that_is_read_is_who_is_expanded_next(name, rules):
+    settings = {"rules": rules} if isinstance(rules, str) else rules
+    policy, prm, checked = random_policy(5, letters="abcdefghijklmnop"), random_prm(5, levels=1000), 0
+    method = make_method(name, n=16, max_steps=6, **settings)
+    driver, foreseen = Driver(method.program(root_branch(()))), {}
+    while not driver.done:
+        for ask in driver.asks():
+            if ask.kind == "score":
+                driver.answer(ask, [replace(branch, score=prm(branch)) for branch in ask.branches])
+                continue
+            if ask.draws[0].lane in foreseen:
+                ahead, asked = foreseen.pop(ask.draws[0].lane), [draw.identity for draw in ask.draws]
+                assert ahead and set(ahead) <= set(asked) and (len(ahead) == len(asked) or method.rules.finished == "refill")
+                checked += 1
+            steps = [policy(draw) for draw in ask.draws]
+            children = [Branch(draw.branch, (1,), text, draw.identity, draw.lane, draw.draw, finish)
+                        for draw, (text, finish) in zip(ask.draws, steps, strict=True)]  # fmt: skip
+            for child in children:
+                driver.close_step(ask, child)
+            ask.round.look(prm)
+            foreseen[ask.round.lane] = [draw.identity for child in ask.round.kept
+                                        for draw in driver.foreseen(child, ask.round.lane, method.width)]  # fmt: skip
+            driver.answer(ask, children)
+    assert checked > 3 and not any(foreseen.values())

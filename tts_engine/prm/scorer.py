@@ -109,6 +109,10 @@ class Scorer:
                 context.readings[path[-1]] = reading
                 self._offered[reading] = None
 
+    def score_of(self, context: ScoreContext, branch: Branch) -> float | None:
+        """The score of a branch's last step, if it was read already."""
+        return context.scores.get(context.path(branch)[-1])
+
     def submit(self, context: ScoreContext, ask: Ask) -> None:
         """Take a Score; it is answered through the context's driver, at once where every step has its score already.
 

@@ -33,8 +33,12 @@ class BeamSearch:
     def program(self, root: Branch) -> Program:
         survivors = self.n // self.width
         entries, finished = [root] * self.n, list[Branch]()
+
+        def kept(candidates: list[Branch]) -> list[Branch]:
+            return self.rules.select(candidates, finished, survivors)[0]
+
         while entries:
-            children = yield Expand(entries, outlook=self.rules.outlook())
+            children = yield Expand(entries, outlook=self.rules.outlook(kept, self.width, self.max_steps))
             candidates = yield Score(self.rules.admit(entries, children, self.max_steps))
             live, finished = self.rules.select(candidates, finished, survivors)
             draws = self.n if self.rules.finished == "refill" else self.width * len(live)

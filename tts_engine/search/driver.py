@@ -4,8 +4,8 @@ Numbers the draws (rule 6 of the house); knows nothing of batches, models or oth
 only on its parent, lane and number, never on the order in which asks are answered.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..branch import Branch, Lane, child_identity
@@ -23,13 +23,45 @@ class Draw:
     to_end: bool = False
 
 
+@dataclass(slots=True, eq=False)
+class Round:
+    """The children of an Expand whose program gave an outlook, until it asks for the next step or returns."""
+
+    outlook: Outlook
+    lane: Lane
+    num_draws: int
+    num_closed: int = 0
+    unread: list[Branch] = field(default_factory=list)  # closed, and to be scored
+    scored: list[Branch] = field(default_factory=list)  # with their scores
+    kept: list[Branch] = field(default_factory=list)  # of these, who would be expanded next, the surest first
+    over: bool = False
+
+    @property
+    def num_open(self) -> int:
+        """Children still to come."""
+        return self.num_draws - self.num_closed
+
+    @property
+    def worth_reading(self) -> bool:
+        """Whether as many scores are missing as children are still to come, and as children go on."""
+        return 0 < self.num_open <= len(self.unread) >= self.num_draws // max(1, self.outlook.width) and not self.over
+
+    def look(self, score_of: Callable[[Branch], float | None]) -> None:
+        """See which of the children have scores by now."""
+        found = [(child, score_of(child)) for child in self.unread]
+        self.unread = [child for child, score in found if score is None]
+        if len(self.unread) < len(found) and self.outlook.kept is not None:
+            self.scored += [replace(child, score=score) for child, score in found if score is not None]
+            self.kept = self.outlook.kept(self.scored)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Ask:
     """A program waits for this: draws to be made, or branches to be scored. Exactly one of the two is not empty."""
 
     draws: tuple[Draw, ...] = ()
     branches: tuple[Branch, ...] = ()
-    outlook: Outlook | None = None  # of the draws
+    round: Round | None = None  # of the draws
 
     @property
     def kind(self) -> Literal["expand", "score"]:
@@ -43,6 +75,7 @@ class _Run:
     program: Program
     lane: Lane = ()
     caller: "_Run | None" = None
+    round: Round | None = None
     place: int = 0
     results: list[Any] = field(default_factory=list)  # of the Join it waits for
     missing: int = 0  # how many of these are not in yet
@@ -91,14 +124,22 @@ class Driver:
 
     def close_step(self, ask: Ask, step: Branch) -> None:
         """Tell of a step that was drawn for `ask`, when it closes: before the answer in which it is, or on the way there."""
-        if ask.outlook is not None and ask.outlook.scored(step):
-            self._arrived.append(step)
+        if ask.round is not None:
+            ask.round.num_closed += 1
+            if ask.round.outlook.scored(step):
+                ask.round.unread.append(step)
+                self._arrived.append(step)
 
     def answer(self, ask: Ask, branches: Sequence[Branch]) -> None:
         """Let the program that waits for `ask` go on: one branch per draw, or per branch to be scored, in the same order."""
         assert ask in self._waiting, "this ask is not waiting: answered before, or another driver's, or this driver is closed"
         _check_answer(ask, branches)
         self._advance(self._waiting.pop(ask), list(branches))
+
+    def foreseen(self, branch: Branch, lane: Lane, count: int) -> list[Draw]:
+        """The next draws after `branch` in `lane`, should they be asked for; no number is given away."""
+        first = self._drawn.get((branch.identity, lane), 0)
+        return [Draw(branch, lane, draw, child_identity(branch.identity, lane, draw)) for draw in range(first, first + count)]
 
     def next_draw(self, branch: Branch, lane: Lane, to_end: bool = False) -> Draw:
         """The next unused draw after `branch` in `lane`; numbers are given here only, and never again within a search.
@@ -114,6 +155,7 @@ class Driver:
         """Abandon the search: close every generator under way, callees first. A finished search is left as it is."""
         for run in reversed(self._open):
             run.program.close()
+            self._end_round(run)
         self._open, self._new, self._arrived, self._waiting = [], [], [], {}
 
     def _advance(self, run: _Run, value: list[Any] | None) -> None:
@@ -140,7 +182,10 @@ class Driver:
             return [(run, [])]
         if isinstance(request, Expand):
             draws = tuple(self.next_draw(branch, run.lane, request.to_end) for branch in request.branches)
-            ask = Ask(draws=draws, outlook=request.outlook)
+            self._end_round(run)
+            if request.outlook is not None:
+                run.round = Round(request.outlook, run.lane, len(draws))
+            ask = Ask(draws=draws, round=run.round)
         else:
             ask = Ask(branches=tuple(request.branches))
         self._new.append(ask)
@@ -151,6 +196,7 @@ class Driver:
         """Hand a finished program's result to its caller; returns the caller once it has all."""
         assert isinstance(result, list), f"a program must return a list of branches, not {result!r}"
         self._open.remove(run)
+        self._end_round(run)
         caller = run.caller
         if caller is None:
             self._result = result
@@ -159,8 +205,12 @@ class Driver:
         caller.missing -= 1
         return [(caller, caller.results)] if caller.missing == 0 else []
 
+    def _end_round(self, run: _Run) -> None:
+        if run.round is not None:
+            run.round.over, run.round = True, None
+
     def _opened(self, program: Program, lane: Lane = (), caller: _Run | None = None, place: int = 0) -> _Run:
-        run = _Run(program, lane, caller, place)
+        run = _Run(program, lane, caller, place=place)
         self._open.append(run)
         return run
 

@@ -11,10 +11,13 @@ class Outlook:
     """What becomes of the children of an Expand, as far as that is certain before they are there, so that it can be begun early.
 
     It decides when things are done, never what comes of them. scored: whether a step, as it closed, will be scored: it, or a
-    sibling with the same text.
+    sibling with the same text. kept: of the children that are there, with their scores, those that would be expanded next if no
+    others came, the surest first; by `width` draws each in this lane, or more.
     """
 
     scored: Callable[[Branch], bool]
+    kept: Callable[[list[Branch]], list[Branch]] | None = None
+    width: int = 0
 
 
 @dataclass(frozen=True, slots=True)
