@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # for this folder, which is a room of it
 
+from bench.device.figures import FIGURES  # noqa: E402
 from bench.device.parts import PARTS  # noqa: E402
 from bench.device.worker import BROKEN  # noqa: E402
 from tts_engine.report.versions import package_version  # noqa: E402
@@ -219,8 +220,6 @@ def write(report: Report, path: Path) -> None:
 
 def show(report: Report) -> None:
     """Why parts failed, then one table of all figures and parts."""
-    from bench.device.setting import FIGURES
-
     for check in report.failed_checks[:SHOWN]:
         print(f"\nfailed check: {check['part']}, {check['case']}\n{_end(check['error'])}")
     for name in report.failed:

@@ -16,7 +16,7 @@ sys.path.append(str(ROOT))  # for the folder of benches, which no installation h
 
 from bench import gpu  # noqa: E402
 from bench.baselines.cascade import Cascade  # noqa: E402
-from bench.device import setting, worker  # noqa: E402
+from bench.device import figures, setting, worker  # noqa: E402
 from bench.device.parts import PARTS  # noqa: E402
 from bench.device.plans import Case  # noqa: E402
 from bench.device.trees import beam, planted, random_grove  # noqa: E402
@@ -45,7 +45,7 @@ def test_a_part_runs_to_its_end(name, tmp_path):
 
 
 def test_every_figure_of_the_table_is_told_by_a_part():
-    assert set().union(*FIGURES.values()) == set(setting.FIGURES)
+    assert set().union(*FIGURES.values()) == set(figures.FIGURES)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def test_a_failed_check_fails_its_part_and_none_of_the_others(bench_of):
      ("tick", 1.2, "aim reached"), ("tick", 1.6, "reached"), ("tick", 1.7, "not reached")],
 )  # fmt: skip
 def test_verdicts(name, value, verdict):
-    assert setting.FIGURES[name].verdict(value) == verdict
+    assert figures.FIGURES[name].verdict(value) == verdict
 
 
 @pytest.fixture

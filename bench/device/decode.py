@@ -25,7 +25,7 @@ from ..baselines.lockstep import Spent, Task
 from ..baselines.models import text_of
 from ..baselines.ours import Ours
 from ..baselines.sharing_blind import RereadingPRM
-from .models import NAMES, load
+from .engines import NAMES, load
 from .race import copy_bandwidth, race, raced
 from .setting import PAIR_PRM, Bench
 from .trees import beam

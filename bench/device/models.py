@@ -5,27 +5,24 @@ import json
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
-from tts_engine import cli
 from tts_engine.embedded import BLOCK_SIZE, model_path
 from tts_engine.engine import Engine
-from tts_engine.models.weights import RandomCheckpoint
 from tts_engine.results import SearchResult
 from tts_engine.runner import Segments
 from tts_engine.search import make_method
 from tts_engine.tasks.problems import Problem, load_task
 
 from ..baselines.models import text_of
+from .engines import NAMES, language_model, load
 from .setting import PAIR_PRM, QWEN_PRM, Bench, Config, near
 
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 READ = 100  # tokens whose logits are compared, as long as the model's positions
 ALIKE = 0.9  # of steps and of answers: what float32 leaves open, another arithmetic may decide otherwise, and all that follows
 # How far two of transformers' logits may lie apart, as a share of the largest, for either to count as the greedy choice.
@@ -76,23 +73,6 @@ def _as_transformers(bench: Bench, name: str, config: Config, dtype: torch.dtype
         exact = wide(input_ids=ids).logits[0].double()
     del wide
     return near(got, exact, plain, MOST_OFF[dtype]) | {"same tokens": _same_greedy(theirs, prompt, node.tokens, TIE[dtype])}
-
-
-def language_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """transformers' model with the weights that ours makes up on that device."""
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=dtype, attn_implementation="sdpa")
-    checkpoint = RandomCheckpoint(directory)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            checkpoint.read_into(name, tensor)
-    return model.eval()
-
-
-def load(bench: Bench, *directories: Path, **settings: Any) -> Engine:
-    """An engine on the bench's device, with weights made up unless said otherwise."""
-    given = {"load": "random", "device": str(bench.device), "backend": bench.backend, "system": ""}
-    return Engine.from_pretrained(*directories, **given | settings)
 
 
 def _logits(engine: Engine, ids: Sequence[int]) -> Tensor:
@@ -214,6 +194,8 @@ def evaluation(bench: Bench) -> None:
 
 
 def _evaluated(bench: Bench, family: str, head: Config) -> dict[str, Any]:
+    from tts_engine import cli  # here alone: what it imports is not to cost the other parts theirs
+
     limit = 4 if bench.on_gpu else 1
     out = bench.directory / f"run-{family}"
     prm = bench.model(f"prm-{family}", bench.sizes.prm, head)
