@@ -416,6 +416,12 @@ def test_pairs_are_those_of_a_causal_mask(start, count):
 # --- records ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("adopted", "wasted", "rate"), [(0, 0, None), (3, 1, 0.75), (0, 5, 0.0)])
+def test_the_hit_rate_is_the_share_of_what_was_drawn_ahead_that_was_asked_for(adopted, wasted, rate):
+    ledger = Ledger(policy=PolicyLedger(tokens_adopted=adopted, tokens_wasted=wasted), prm=PRMLedger())
+    assert ledger.policy.hit_rate == ledger.as_dict()["policy"]["hit_rate"] == rate
+
+
 def test_ledgers_add_up_and_go_to_json_and_back():
     one = Ledger(policy=PolicyLedger(tokens_computed=3, linear_flops=10, attention_flops=4, head_flops=2, tokens_generated=2,
                                      duplicate_flops=4, ideal_flops=12),

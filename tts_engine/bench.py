@@ -279,6 +279,7 @@ class Measured:
             "recomputed_tokens": policy.tokens_recomputed + prm.tokens_recomputed,
             "useful": useful,
             **wasted,
+            "speculation_hit_rate": policy.hit_rate,
             "mfu": self.mfu,
             "gemm_flops_per_s": self.ceiling,
             "gemm_side": gemm_side(self.case.config.device),

@@ -228,6 +228,13 @@ class PolicyLedger(ModelLedger):
     tokens_wasted: int = field(default=0, metadata=LATER)  # beside those drawn: before they were asked for, and they never were
 
 
+    @property
+    def hit_rate(self) -> float | None:
+        """Of the tokens drawn before they were asked for, the share that then was; None where there were none."""
+        ahead = self.tokens_adopted + self.tokens_wasted
+        return self.tokens_adopted / ahead if ahead else None
+
+
 @dataclass(slots=True, kw_only=True)
 class PRMLedger(ModelLedger):
     steps_scored: int = 0
@@ -334,6 +341,7 @@ class Ledger:
         record = asdict(self)
         for part in ("policy", "prm"):
             record[part] |= {"flops": getattr(self, part).flops, "useful_flops": getattr(self, part).useful_flops}
+        record["policy"]["hit_rate"] = self.policy.hit_rate
         return record
 
 
