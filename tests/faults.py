@@ -47,8 +47,8 @@ FAULTS = [
     Fault("the newest node evicted first", "csrc/kv_tree.cpp",
           "node.last_use = ++clock_;", "node.last_use = -++clock_;",
           "tests/kv/test_tree.py::test_eviction_goes_leaf_first_and_oldest_first"),
-    Fault("a score stored on the sibling", "tts_engine/prm/scorer.py",
-          "self._answer(reading, [scores.get(node) for node in nodes])", "self._answer(reading, [scores.get(node) for node in taken[0][1]])",
+    Fault("a score stored on the first step of its path", "tts_engine/prm/scorer.py",
+          "                context.scores[number] = score", "                context.scores[reading.path[1]] = score",
           "tests/prm/test_scorer.py"),
     Fault("steps behind an evicted one taken for read", "tts_engine/prm/scorer.py",
           "start = self.runner.tree.computed(node)", "start = len(ids) - 1",
@@ -116,6 +116,13 @@ FAULTS = [
     Fault("a step that is drawn twice useful twice", "tts_engine/ledger.py",
           "count, seen = (step.draws - 1) * step.written,", "count, seen = 0 * step.written,",
           "tests/test_ledger.py::test_two_trajectories_share_the_prompt_and_the_logits_behind_it"),
+    Fault("rows of a packed matrix in another order", "csrc/linear.cpp",
+          "(sizeof(W) == 2 ? i % 2 * kLanes + i / 2 : i)", "i", "tests/models/test_linear.py::test_floats"),
+    Fault("a row that stopped grows on", "kernels/advance.py",
+          "tl.where(goes_on, tl.load(grown + row, mask=live, other=0) + 1, STOPPED)", "tl.load(grown + row, mask=live, other=0) + 1",
+          "tests/kernels/test_advance.py"),
+    Fault("the cheaper of equal methods passed over", "tts_engine/strategy/choose.py",
+          "(solved(run), -flops(run))", "(solved(run), flops(run))", "tests/strategy/test_choose.py"),
 ]  # fmt: skip
 
 
