@@ -276,6 +276,7 @@ PYBIND11_MODULE(_C, module) {
              return moves ? py::object(table(*moves)) : py::none();
            },
            py::arg("num_blocks"))
+      .def("has_room", &KVTree::has_room, py::arg("num_blocks"))
       .def("extent", &KVTree::extent)
       .def_property_readonly("evicted", &KVTree::evicted)
       .def_property_readonly("refused", &KVTree::refused)

@@ -236,12 +236,15 @@ int64_t KVTree::evict(int64_t num_blocks) {
 
 int64_t KVTree::blocks_for(int64_t num_tokens) const noexcept { return (num_tokens + block_size_ - 1) / block_size_; }
 
+bool KVTree::has_room(int64_t num_blocks) noexcept {
+  const bool has = available() >= num_blocks;
+  refused_ += !has;
+  return has;
+}
+
 // Everything idle can be evicted, for no descendant of an idle node is pinned: what cannot succeed evicts nothing.
 bool KVTree::make_room(int64_t num_blocks) noexcept {
-  if (available() < num_blocks) {
-    ++refused_;
-    return false;
-  }
+  if (!has_room(num_blocks)) return false;
   while (static_cast<int64_t>(free_.size()) < num_blocks) evicted_ += evict_oldest();
   return true;
 }

@@ -145,6 +145,7 @@ class KVTree {
   // Room.
   int64_t evict(int64_t num_blocks);  // blocks freed: at least num_blocks unless everything idle is gone
   int64_t evict_all() { return evict(num_blocks_); }
+  bool has_room(int64_t num_blocks) noexcept;
   std::optional<std::vector<Move>> resize(int64_t num_blocks);  // nothing, and nothing has changed, if it does not fit now
   int64_t extent() const;                                       // blocks up to the last one in use
   int64_t evicted() const noexcept { return evicted_; }

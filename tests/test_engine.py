@@ -127,11 +127,51 @@ def test_evicting_everything_between_ticks_changes_no_bit(models, alone, method)
 @by_name
 def test_a_budget_that_holds_little_more_than_one_branch_changes_no_bit(models, alone, method):
     engine = load(models, deterministic=True, kv_bytes=tiny_pool(models, 27))
-    assert engine.policy.runner.tree.num_blocks == 27
+    assert sum(runner.tree.num_blocks for runner in engine.runners) == 54
     out = engine.search(PROBLEMS[:3], method, seed=3)[0]
     assert essence(out) == essence(alone[method])
     assert engine.policy.preemptions > 0
     assert out.ledger.policy.tokens_recomputed > 0
+    assert_at_rest(engine)
+
+
+@by_name
+def test_any_memory_that_holds_one_branch_gives_the_same_bits(models, alone, method):
+    """As much as a search of all problems side by side keeps, and less and less of it."""
+    engine, most, counted = load(models, deterministic=True), 0, []
+
+    def look():
+        nonlocal most
+        most = max(most, sum(sum(runner.tree.counts()[1:]) * runner.block_bytes for runner in engine.runners))
+
+    engine.budget.look = look
+    engine.search(PROBLEMS, method, seed=3)
+    for share in (1.0, 0.5, 0.25, 0.12):
+        engine = load(models, deterministic=True, kv_bytes=int(most * share))
+        results = engine.search(PROBLEMS, method, seed=3)
+        assert essence(results[0]) == essence(alone[method]), share
+        assert_at_rest(engine)
+        recomputed = sum(part.tokens_recomputed for result in results for part in (result.ledger.policy, result.ledger.prm))
+        counted.append((recomputed, engine.policy.preemptions, engine.budget.moves))
+    assert counted[-1][0] > counted[0][0] and counted[-1][1] > 0 and counted[-1][2] > 0
+
+
+@by_name
+def test_pools_of_another_size_after_every_tick_change_no_bit(models, alone, method):
+    rng, engine = random.Random(method.name), load(models, deterministic=True)
+
+    def restless():
+        for runner in engine.runners:
+            counts, size = runner.tree.counts(), rng.choice([30, 60, 90, 400])
+            assert runner.resize(size) == (counts.pinned + counts.filling <= size)
+            for table in runner.cache.tables:  # what is not in use is for nobody to read
+                table[runner.tree.extent * runner.tree.block_size :] = torch.nan
+            check_blocks(runner.tree)
+
+    engine.budget.look = restless
+    out = engine.search(PROBLEMS[:3], method, seed=3)[0]
+    assert essence(out) == essence(alone[method])
+    assert all(runner.cache.version > 10 for runner in engine.runners)
     assert_at_rest(engine)
 
 
@@ -418,10 +458,12 @@ def test_a_method_that_scores_needs_a_prm(models):
         load(models, None).search("1+1?", STEP_METHODS[1])
 
 
-@pytest.mark.parametrize(("blocks", "what"), [(21, "problem p1 in the PRM may need 22"), (22, "problem p2 may need 23")])
-def test_a_search_that_can_never_fit_is_refused_with_the_numbers(models, blocks, what):
-    engine = load(models, kv_bytes=tiny_pool(models, blocks))
-    with pytest.raises(OutOfBlocks, match=f"{what} KV blocks of 4 tokens .* and the pool has {blocks} in all"):
+def test_a_search_that_can_never_fit_is_refused_with_the_numbers(models):
+    """The policy may need 23 blocks for p2, and the PRM 25."""
+    engine = load(models, kv_bytes=tiny_pool(models, 23))
+    with pytest.raises(
+        OutOfBlocks, match="problem p2 .* 23 for the policy and 25 for the PRM .*; raise kv_bytes or memory"
+    ):
         engine.search(PROBLEMS[1:3], STEP_METHODS[1])
     assert engine.ticks == 0
     assert_at_rest(engine)

@@ -270,7 +270,7 @@ def test_whole_searches_are_the_same_on_end(models, method, steps):
 def test_searches_in_a_small_pool_are_the_same_on_end(models):
     """Ticks on end are fewer where blocks are, and none where a draw must give way."""
     method = make_method("beam", n=8, max_steps=5)
-    blocks = 40 * sum(runner.block_bytes for runner in engine_of(models, on_end=False).runners)
+    blocks = 26 * sum(runner.block_bytes for runner in engine_of(models, on_end=False).runners)
     engines = [engine_of(models, on_end=on_end, kv_bytes=kv) for on_end, kv in ((False, LIMITS["kv_bytes"]), (True, blocks))]
     roomy, tight = (essence(engine.search(PROBLEMS, method, seed=1)) for engine in engines)
     assert tight == roomy and engines[1].policy.preemptions > 0

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .engine import DTYPES, Engine, EngineConfig
+from .engine import DTYPES, Engine, EngineConfig, kv_room
 from .errors import EngineError, OutOfBlocks
 from .kv.tree import blocks_needed
 from .ledger import Ledger
@@ -172,13 +172,14 @@ def check(cases: Iterable[Case]) -> None:
             _refuse_unless_placed(case, *readers[1])
         kept = activations(DTYPES[config.dtype])
         token_bytes = sum(reader.spec.kv_bytes_per_token(kept) for reader, *_ in readers)
-        blocks = config.kv_bytes // token_bytes // config.block_size
+        room = kv_room(config, [reader.spec for reader, *_ in readers])
+        blocks = room // token_bytes // config.block_size
         for _, before, tokens in readers:
             # A branch takes most blocks where all steps but one are a single token: what the engine asks for, too.
             need = sum(blocks_needed(count, config.block_size) for count in (before, tokens - steps + 1)) + steps - 1
             if need > blocks:
                 raise OutOfBlocks(f"one branch may need {need} KV blocks of {config.block_size} tokens in each model and "
-                                  f"kv_bytes={config.kv_bytes} holds {blocks}")  # fmt: skip
+                                  f"kv_bytes={room} holds {blocks}")  # fmt: skip
 
 
 def _refuse_unless_placed(case: Case, model: Checkpoint, before: int, tokens: int) -> None:

@@ -12,13 +12,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
-from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from .embedded import BLOCK_SIZE, MODELS, NAMES, model_path
 from .errors import EngineError
+from .kv.budget import read_bytes
 from .report.versions import package_version
 from .search import METHODS, PRESETS, Method, make_method
 from .search.rules import Grouping
@@ -61,16 +61,6 @@ def listed(read: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     return lambda text: tuple(read(part) for part in text.split(","))
 
 
-def read_bytes(text: str) -> int:
-    """K, M and G are powers of 1024, as are KiB to TiB; KB to TB are powers of 1000, as memory is sold."""
-    read = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", text)
-    if read is None or read[2].upper() not in BYTE_UNITS:
-        raise ValueError(text)
-    return int(Fraction(read[1]) * BYTE_UNITS[read[2].upper()])
-
-
-BYTE_UNITS = {"": 1} | {unit: 1024**i for i, unit in enumerate("KMG", 1)}
-BYTE_UNITS |= {f"{unit}{end}": base**i for i, unit in enumerate("KMGT", 1) for end, base in (("B", 1000), ("IB", 1024))}
 integer = number(int, lambda value: value == value, "a whole number")
 whole = number(int, lambda value: value >= 1, "a whole number of at least 1")
 threads = number(int, lambda value: 1 <= value <= MOST_THREADS, f"a whole number of at least 1 and at most {MOST_THREADS}")
@@ -91,7 +81,8 @@ ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
     ),
     ("device", str, "cpu or cuda (default cpu)"),
     ("backend", str, "attention: native, per_branch, reference; on a GPU triton_tree, triton_blind (default: native, triton_tree)"),
-    ("kv_bytes", size, "keys and values of both models, in bytes; 512M, 4G (default 512M)"),
+    ("memory", str, "for weights, keys and values of both models, and working memory: 20GB, or a share of the device: 80%%"),
+    ("kv_bytes", size, "instead, for keys and values of both models: 512M, 4G (default 512M)"),
     ("block_size", whole, f"tokens a KV block (default 16; {BLOCK_SIZE} for the models that ship)"),
     ("max_rows", whole, "draws decoded side by side (default 512)"),
     ("max_step_tokens", whole, "tokens after which a step is cut (default 2048)"),
@@ -110,7 +101,7 @@ ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
     ("speculate", None, "rows that would stand idle draw the likeliest next steps ahead; the results are the same"),
 ]
 # Those of them that decide how a PRM reads.
-READING_OPTIONS = ("load", "dtype", "device", "backend", "kv_bytes", "block_size", "prm_family", "deterministic")
+READING_OPTIONS = ("load", "dtype", "device", "backend", "memory", "kv_bytes", "block_size", "prm_family", "deterministic")
 GROUPINGS = get_args(Grouping)
 
 # What a bench sets beside its models and engine: the flag, how one of its values is read, help. The steps' lengths are its own.

@@ -4,6 +4,7 @@ Joins the drivers of searches with the policy and the scorer; its loop decides o
 two engines in one process, or in two threads, never meet.
 """
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,13 +20,16 @@ import torch
 from .attention import make_backend, refuse_windows
 from .attention.triton_tree import TritonTreeAttention
 from .branch import Branch, root_branch
-from .errors import EngineError
+from .errors import EngineError, OutOfBlocks
 from .graphs import DecodeGraphs
+from .kv.budget import BALANCE, Budget, Costs, divide, proposed, read_memory
 from .ledger import Ledger, Phases, Stopwatch
 from .models import heads
+from .models.linear import activations
+from .models.spec import DecoderSpec
 from .models.tokenizer import chat_template, encode_prompt, end_ids, load_tokenizer, token_bytes
-from .models.weights import SOURCES, Checkpoint, load_decoder, resolve_checkpoint
-from .policy import DrawContext, Limits, Policy
+from .models.weights import SOURCES, Checkpoint, load_decoder, resolve_checkpoint, weight_bytes
+from .policy import MAX_PREFILL, DrawContext, Limits, Policy
 from .prm.families import FAMILIES, recognise, refuse_as_policy
 from .prm.scorer import ScoreContext, Scorer
 from .prm.spec import TokenPair, TwoClassHead
@@ -43,6 +47,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 ONLY_ON = {"int8": "cpu", "fp8": "cuda"}  # kind of device that a dtype is made for
 
 MOST_ROWS = 1 << 16
+KV_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +56,10 @@ class EngineConfig:
 
     dtype: of weights, activations, keys and values, None for float32 on a CPU and bfloat16 on a GPU; "int8", on a CPU only: bytes
     multiplied with bytes, all else bfloat16; "fp8", on a GPU only: 8-bit floats in all layers, lm_head and all else bfloat16.
-    kv_bytes: keys and values of both models together; each gets room for as many tokens. block_size: tokens a block; 4 or 8
-    where steps are a dozen tokens. max_rows: draws decoded side by side. max_step_tokens, max_tokens: where a step and a
+    memory: what weights, keys and values of both models and the workspace may come to together: bytes, "20GB", or a share of
+    the device such as "80%". kv_bytes: instead, keys and values alone, 512 MiB where neither is given. How they are split between
+    the models is for demand to say, see kv/budget.py. block_size: tokens a block; 4 or 8 where steps are a dozen tokens.
+    max_rows: draws decoded side by side. max_step_tokens, max_tokens: where a step and a
     whole solution are cut. system: a system message, "" for none; None asks as the policy's family is used to, see
     tasks/prompts.py. steps: what closes a step, one of steps.STEP_MARKERS; a number, as in steps="50", makes steps of as many
     tokens on average whatever they say, for benchmarks. deterministic: a search's tokens never depend on what runs beside it,
@@ -65,7 +72,8 @@ class EngineConfig:
     dtype: str = None  # type: ignore[assignment]  # always a name once made
     device: str = "cpu"
     backend: str | None = None  # None: "native" on a CPU, "triton_tree" elsewhere
-    kv_bytes: int = 512 << 20
+    memory: int | str | None = None
+    kv_bytes: int = None  # type: ignore[assignment]  # always a number once made, but beside `memory`
     block_size: int = 16
     max_rows: int = 512
     max_step_tokens: int = 2048
@@ -93,8 +101,14 @@ class EngineConfig:
         if kind != "cpu" and find_spec("triton") is None:
             raise EngineError(f"device {self.device} needs Triton: pip install 'tts-engine[gpu]'")
         check_mode(self.steps)
+        if self.memory is None:
+            object.__setattr__(self, "kv_bytes", KV_BYTES if self.kv_bytes is None else self.kv_bytes)
+        elif self.kv_bytes is not None:
+            raise EngineError("memory and kv_bytes both say how much there is: give one of them")
+        else:
+            read_memory(self.memory, lambda: 100)
         for name in ("kv_bytes", "block_size", "max_rows", "max_step_tokens", "max_tokens"):
-            if getattr(self, name) < 1:
+            if (getattr(self, name) or 0) < 1 and not (name == "kv_bytes" and self.memory is not None):
                 raise EngineError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_rows > MOST_ROWS:
             raise EngineError(f"max_rows={self.max_rows} is more than the {MOST_ROWS} that a batch can have")
@@ -108,12 +122,13 @@ class EngineConfig:
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     """One problem that can be searched with one method. opening: the PRM's token ids before the first step; none where no PRM
-    takes part."""
+    takes part. needs: blocks of each model for one branch at full depth."""
 
     problem: Problem
     prompt: list[int]
     opening: list[int]
     limits: Limits
+    needs: list[int]
 
 
 @dataclass(slots=True, eq=False)
@@ -140,6 +155,9 @@ class Engine:
         self.config, self.policy, self.scorer = config, policy, scorer
         self.tokenizer, self.grader = tokenizer, grader
         self._searching, self._ticked = False, "policy"  # the phase that the last tick was of
+        room = sum(runner.cache.num_bytes for runner in self.runners)
+        self.budget = Budget(self.runners, room, at_rest=lambda: not policy.under_way)
+        policy.more_room = self.budget.press
 
     @classmethod
     def from_pretrained(cls, policy: str | Path, prm: str | Path | None = None, **settings) -> Self:
@@ -160,13 +178,9 @@ class Engine:
         for backend, checkpoint in zip(backends, checkpoints, strict=True):
             refuse_windows(backend, checkpoint.spec.windows, str(checkpoint.directory))
         decoders = [load_decoder(c, dtype=dtype, device=device, deterministic=config.deterministic) for c in checkpoints]
-        token_bytes_each = [decoder.spec.kv_bytes_per_token(decoder.dtype) for decoder in decoders]
-        num_blocks = config.kv_bytes // sum(token_bytes_each) // config.block_size
-        if num_blocks < 1:
-            raise EngineError(f"kv_bytes={config.kv_bytes} holds no block of {config.block_size} tokens: one takes "
-                              f"{sum(token_bytes_each) * config.block_size} bytes over both models")  # fmt: skip
+        split = first_split(config, [checkpoint.spec for checkpoint in checkpoints])
         runners = [ModelRunner(decoder, backend, num_blocks=num_blocks, block_size=config.block_size)
-                   for decoder, backend in zip(decoders, backends, strict=True)]  # fmt: skip
+                   for decoder, backend, num_blocks in zip(decoders, backends, split, strict=True)]  # fmt: skip
         tokenizer = load_tokenizer(checkpoints[0].directory)
         spec = decoders[0].spec
         rule = step_rule(config.steps, token_bytes(tokenizer), end_ids(tokenizer, checkpoints[0].directory), spec.vocab_size)
@@ -227,12 +241,13 @@ class Engine:
         waiting, running, watch = deque(prepared), list[_Search](), Stopwatch()
         try:
             while waiting or running:
-                while waiting and self.policy.num_open < self.config.max_rows:
+                while waiting and self.policy.num_open < self.config.max_rows and self._reserve(running, waiting[0]):
                     running.append(self._begin(waiting.popleft(), method, seed))
                     running[-1].before = replace(watch.shared)
                     self._pass_on(running[-1])
                 watch.share("rest", len(running))
                 self._tick()
+                self.budget.look()
                 watch.share(self._ticked, len(running))
                 for search in list(running):
                     try:
@@ -262,6 +277,14 @@ class Engine:
             for search in running:
                 self._abandon(search)
             self._searching = False
+
+    def _reserve(self, running: list[_Search], prepared: dict[Method, _Prepared]) -> bool:
+        """See that another search can always go on, beside those that run; False where it has to wait for some of them."""
+        needs = [one.needs for each in (*(search.prepared for search in running), prepared) for one in each.values()]
+        reserved = self.budget.reserve(needs)
+        if not reserved and not running:
+            raise OutOfBlocks("the memory that was granted for keys and values cannot be had any more: lower memory or kv_bytes")
+        return reserved
 
     def _tick(self) -> None:
         """One forward of one model. The PRM's turn comes when there is a batch to read, or when more branches wait for it than for
@@ -314,13 +337,14 @@ class Engine:
                                   f"{prm_positions} positions leave no room for a solution: shorten it, or take another "
                                   "PRM")  # fmt: skip
         room = min(max_tokens, positions - len(ids), config.max_step_tokens * method.max_steps)
-        runner.refuse_unless_fits(f"problem {problem.id}", len(ids), room, method.max_steps)
-        if self.scorer is not None and method.uses_prm:
-            self.scorer.runner.refuse_unless_fits(
-                f"problem {problem.id} in the PRM", len(opening), room + markers, method.max_steps
-            )
+        needs = [runner.blocks_for_branch(len(ids), room, method.max_steps)]
+        if self.scorer is not None:
+            prm_need = self.scorer.runner.blocks_for_branch(len(opening), room + markers, method.max_steps)
+            needs.append(prm_need if method.uses_prm else 1)
+        why = f"{len(ids)} prompt tokens, up to {room} tokens in {method.max_steps} steps"
+        self.budget.refuse_unless_fits(f"problem {problem.id}", needs, why)
         limits = Limits(max_step_tokens=config.max_step_tokens, max_tokens=max_tokens, max_positions=positions)
-        return _Prepared(problem, ids, opening, limits)
+        return _Prepared(problem, ids, opening, limits, needs)
 
     def _begin(self, prepared: dict[Method, _Prepared], method: Method | Chooser, seed: int) -> _Search:
         """A problem's first search: that of the method, or of the chooser's pilot, or of its choice where it needs none."""
@@ -393,6 +417,49 @@ class Engine:
         if self.scorer is not None and search.scoring is not None:
             self.scorer.count(search.scoring)
         search.ledger.seconds = time.perf_counter() - search.started
+
+
+def first_split(config: EngineConfig, specs: Sequence[DecoderSpec]) -> list[int]:
+    """Blocks of the policy, and of the PRM where there is one. Raises EngineError where there is no room for them."""
+    dtype, kind = DTYPES[config.dtype], config.device.partition(":")[0]
+    costs = [Costs(weight_bytes=weight_bytes(spec, dtype), token_flops=spec.flops_per_token,
+                   token_bytes=spec.kv_bytes_per_token(activations(dtype))) for spec in specs]  # fmt: skip
+    room, blocks = kv_room(config, specs), [cost.token_bytes * config.block_size for cost in costs]
+    if room < sum(blocks):
+        given = f"memory={config.memory} leaves {room} bytes for keys and values, which" if config.memory else f"kv_bytes={room}"
+        over = " over both models" if len(specs) > 1 else ""
+        raise EngineError(f"{given} holds no block of {config.block_size} tokens: one takes {sum(blocks)} bytes{over}")
+    if len(specs) == 1:
+        return divide(room, room, blocks)
+    return divide(room, proposed(costs[0], costs[1], room, max_rows=config.max_rows, balance=BALANCE[kind]), blocks)
+
+
+def kv_room(config: EngineConfig, specs: Sequence[DecoderSpec]) -> int:
+    """Bytes for keys and values: kv_bytes, or what weights and workspace leave of the memory. Raises EngineError."""
+    if config.memory is None:
+        return config.kv_bytes
+    dtype = DTYPES[config.dtype]
+    memory = read_memory(config.memory, lambda: device_memory(config.device))
+    weights, work = sum(weight_bytes(spec, dtype) for spec in specs), workspace(config, specs)
+    if memory <= weights + work:
+        raise EngineError(f"memory={config.memory} is too little: weights take {weights / 1e9:.2f} GB and the workspace "
+                          f"{work / 1e9:.2f} GB before any key or value")  # fmt: skip
+    return memory - weights - work
+
+
+def workspace(config: EngineConfig, specs: Sequence[DecoderSpec]) -> int:
+    """Bytes that the largest forward takes beside weights, keys and values, about: what is between two layers and within one, and
+    logits of all rows with their noise. One model works at a time, in what the other has left."""
+    tokens, size = MAX_PREFILL + config.max_rows, activations(DTYPES[config.dtype]).itemsize
+    within = max(tokens * (4 * spec.hidden_size + 3 * spec.intermediate_size) * size for spec in specs)
+    return within + 2 * config.max_rows * specs[0].vocab_size * 4
+
+
+def device_memory(device: str) -> int:
+    """All bytes of the device's memory, whoever has them."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def make_graphs(runner: ModelRunner, rule: StepRule) -> DecodeGraphs | None:

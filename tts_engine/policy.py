@@ -132,6 +132,7 @@ class Policy:
         self.runner, self.rule, self.max_rows, self.graphs = runner, rule, max_rows, graphs
         self.speculate = speculate
         self.preemptions = 0
+        self.more_room: Callable[[], bool] = lambda: False  # asked before a draw that was asked for is preempted
         self._head_flops = runner.decoder.spec.lm_head_flops
         self._waiting: deque[_Row] = deque()
         self._rows = Rows[_Row](max_rows)
@@ -140,6 +141,11 @@ class Policy:
         self._samplings: dict[Sampling, int] = {}
         self._under_way = 0  # ticks that the graphs were told to do
         self._seated = False  # the last forward was read by draws that it seated
+
+    @property
+    def under_way(self) -> bool:
+        """Whether the graphs are at work."""
+        return self._under_way > 0
 
     @property
     def busy(self) -> bool:
@@ -222,7 +228,7 @@ class Policy:
 
     def _has_room(self) -> bool:
         """For one more row; each row at work may want another block soon."""
-        return not self._rows or (len(self._rows) < self.max_rows and self.runner.tree.available() > len(self._rows))
+        return not self._rows or (len(self._rows) < self.max_rows and self.runner.tree.has_room(len(self._rows) + 1))
 
     def _seat(self, batch: _Batch, row: _Row) -> bool:
         """Give a draw a lease and a place among the rows; False where there is no room for its path or its tokens."""
@@ -349,6 +355,8 @@ class Policy:
         while done < len(self._rows):
             done += self.runner.tree.extend_many(self._rows.table["lease"][done:], 1)
             if done < len(self._rows):
+                if self._rows.owners[-1].round is None and self.more_room():
+                    continue
                 self._preempt(self._rows.pop())
                 done = min(done, len(self._rows))
 
@@ -585,6 +593,7 @@ class Policy:
         else:
             context.ledger.recompute_flops += self.flops(work)
             context.ledger.tokens_recomputed += work.tokens
+            self.runner.tokens_recomputed += work.tokens
 
 
 def _through(start: int, count: int) -> Work:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .attention import make_backend, refuse_windows
 from .branch import Branch
-from .engine import DTYPES, EngineConfig, make_scorer
+from .engine import DTYPES, EngineConfig, first_split, make_scorer
 from .errors import EngineError, RunError
 from .ledger import Ledger, Phases
 from .models.weights import SOURCES, load_decoder
@@ -49,16 +49,14 @@ def describe_rescoring(source: Path, prm: Path, config: EngineConfig) -> dict[st
 
 
 def load_scorer(prm: Path, config: EngineConfig) -> Scorer:
-    """A PRM alone in its engine: all of kv_bytes is its. Raises ModelError or EngineError as an engine does."""
+    """A PRM alone in its engine: all that is for keys and values is its. Raises ModelError or EngineError as an engine does."""
     checkpoint = SOURCES[config.load](prm)
     backend = make_backend(config.attention, config.device, deterministic=config.deterministic)
     refuse_windows(backend, checkpoint.spec.windows, str(prm))
     dtype = DTYPES[config.dtype]
     decoder = load_decoder(checkpoint, dtype=dtype, device=config.device, deterministic=config.deterministic)
-    block_bytes = decoder.spec.kv_bytes_per_token(decoder.dtype) * config.block_size
-    if config.kv_bytes < block_bytes:
-        raise EngineError(f"kv_bytes={config.kv_bytes} holds no block of {config.block_size} tokens: one takes {block_bytes} bytes")
-    runner = ModelRunner(decoder, backend, num_blocks=config.kv_bytes // block_bytes, block_size=config.block_size)
+    [num_blocks] = first_split(config, [checkpoint.spec])
+    runner = ModelRunner(decoder, backend, num_blocks=num_blocks, block_size=config.block_size)
     return make_scorer(runner, checkpoint, config.prm_family)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention.base import AttentionBackend, BatchLayout
-from .errors import EngineError, OutOfBlocks
+from .errors import EngineError
 from .kv.cache import KVCache
 from .kv.tree import NO_NODE, KVTree, TreePaths, blocks_needed
 from .ledger import ModelLedger, Work
@@ -43,6 +43,7 @@ class ModelRunner:
         spec = decoder.spec
         self.decoder, self.backend = decoder, backend
         self.forwards = 0
+        self.tokens_recomputed = 0  # whose keys and values had been there before
         self.blocks_read = 0  # of all forwards, each time those that somebody stands on
         self._read_flops = spec.flops_per_read
         self._token_flops = spec.flops_per_token - spec.flops_per_read
@@ -69,12 +70,11 @@ class ModelRunner:
         """So many blocks from here on, with all that is computed but what idle nodes must give up; between forwards. False, with no
         block more or less, where what is filling or pinned does not fit or the memory cannot be had."""
         before = self.tree.num_blocks
-        moves = self.tree.resize(num_blocks) if num_blocks < before else ()
+        moves = self.tree.resize(num_blocks) if num_blocks < before else np.empty((0, 2), np.int32)
         if moves is None:
             return False
         try:
-            if len(moves):
-                self.cache.move(moves)
+            self.cache.move(moves)
             self.cache.resize(num_blocks, self.tree.extent)
         except (RuntimeError, MemoryError):
             self.tree.resize(before)
@@ -159,18 +159,9 @@ class ModelRunner:
         linear = self._token_flops * work.tokens + self._read_flops * work.reads
         return linear, self._pair_flops * ((self._num_layers - 1) * work.pairs + work.read_pairs)
 
-    def refuse_unless_fits(self, what: str, prompt_tokens: int, max_tokens: int, max_steps: int) -> None:
-        """Raise OutOfBlocks where one branch at full length could not fit an empty pool: then no eviction ever helps.
-
-        A branch is at most `max_tokens` tokens in at most `max_steps` steps; it takes most blocks where all steps but one are a
-        single token.
-        """
+    def blocks_for_branch(self, prompt_tokens: int, max_tokens: int, max_steps: int) -> int:
+        """What one branch at full length may need: at most `max_tokens` tokens in at most `max_steps` steps, which take most blocks
+        where all of them but one are a single token."""
         size = self.tree.block_size
         steps = min(max_steps, max_tokens)
-        need = blocks_needed(prompt_tokens, size) + steps - 1 + blocks_needed(max_tokens - steps + 1, size)
-        if need > self.tree.num_blocks:
-            raise OutOfBlocks(
-                f"{what} may need {need} KV blocks of {size} tokens for a single branch ({prompt_tokens} prompt tokens, up to "
-                f"{max_tokens} tokens in {max_steps} steps) and the pool has {self.tree.num_blocks} in all "
-                f"({self.cache.num_bytes / 1e6:.1f} MB); raise kv_bytes or lower max_tokens, max_step_tokens or max_steps"
-            )
+        return blocks_needed(prompt_tokens, size) + steps - 1 + blocks_needed(max_tokens - steps + 1, size)

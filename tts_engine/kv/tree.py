@@ -142,6 +142,10 @@ class KVTree:
         """Blocks that can be had: free ones and idle ones."""
         return self._tree.available()
 
+    def has_room(self, num_blocks: int) -> bool:
+        """Whether so many blocks can be had; if not, that counts among `refused`."""
+        return self._tree.has_room(num_blocks)
+
     def evict(self, num_blocks: int) -> int:
         """Free at least `num_blocks` blocks of idle nodes, or all there are; the blocks freed."""
         return self._tree.evict(num_blocks)
@@ -168,7 +172,7 @@ class KVTree:
 
     @property
     def refused(self) -> int:
-        """How often there was no room so far."""
+        """How often room was asked for so far and there was none."""
         return self._tree.refused
 
     def counts(self) -> BlockCounts:

@@ -250,6 +250,7 @@ class Scorer:
         elif step.computed:
             ledger.recompute_flops += self.flops(work)
             ledger.tokens_recomputed += count
+            self.runner.tokens_recomputed += count
         step.computed = step.tokens
 
     def _charge_padding(self, context: ScoreContext, tokens: int, reads: int) -> None:

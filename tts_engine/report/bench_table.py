@@ -23,10 +23,10 @@ GAP, WIDEST = 2, 28  # between columns; of one column
 # Settings that are columns where rows differ in them, and are told above the table where they do not, those of QUIET left out. Who
 # searched how widely is a column always.
 SETTINGS = ("policy", "prm", "method", "n", "rules", "width", "problems", "prompt_tokens", "depth", "step_tokens", "load", "dtype",
-            "device", "backend", "kv_bytes", "block_size", "max_rows", "top_k", "top_p", "prm_family", "deterministic", "threads",
-            "repeats")  # fmt: skip
+            "device", "backend", "memory", "kv_bytes", "block_size", "max_rows", "top_k", "top_p", "prm_family", "deterministic",
+            "threads", "repeats")  # fmt: skip
 ALWAYS = ("method", "n")
-QUIET = (*ALWAYS, "kv_bytes", "max_rows", "top_k", "top_p", "prm_family", "deterministic")
+QUIET = (*ALWAYS, "memory", "kv_bytes", "max_rows", "top_k", "top_p", "prm_family", "deterministic")
 
 
 def prm_only(show: Callable[[Row], str]) -> Callable[[Row], str]:
