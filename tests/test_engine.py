@@ -11,8 +11,9 @@ import torch
 
 from tts_engine import policy as policy_room
 from tts_engine.branch import Finish
-from tts_engine.engine import Engine, EngineConfig
+from tts_engine.engine import Engine, EngineConfig, kv_room, workspace
 from tts_engine.errors import EngineError, OutOfBlocks
+from tts_engine.models.weights import weight_bytes
 from tts_engine.prm import scorer as scorer_room
 from tts_engine.sampling import gumbel, philox_key
 from tts_engine.search import make_method
@@ -151,9 +152,12 @@ def test_any_memory_that_holds_one_branch_gives_the_same_bits(models, alone, met
         results = engine.search(PROBLEMS, method, seed=3)
         assert essence(results[0]) == essence(alone[method]), share
         assert_at_rest(engine)
-        recomputed = sum(part.tokens_recomputed for result in results for part in (result.ledger.policy, result.ledger.prm))
-        counted.append((recomputed, engine.policy.preemptions, engine.budget.moves))
-    assert counted[-1][0] > counted[0][0] and counted[-1][1] > 0 and counted[-1][2] > 0
+        ledgers = [part for result in results for part in (result.ledger.policy, result.ledger.prm)]
+        recomputed, evicted = (sum(getattr(part, of) for part in ledgers) for of in ("tokens_recomputed", "blocks_evicted"))
+        preempted = sum(result.ledger.policy.preemptions for result in results)
+        assert preempted == engine.policy.preemptions
+        counted.append((recomputed, evicted, preempted, engine.budget.moves))
+    assert all(less < more for less, more in zip(counted[0], counted[-1], strict=True))
 
 
 @by_name
@@ -461,9 +465,7 @@ def test_a_method_that_scores_needs_a_prm(models):
 def test_a_search_that_can_never_fit_is_refused_with_the_numbers(models):
     """The policy may need 23 blocks for p2, and the PRM 25."""
     engine = load(models, kv_bytes=tiny_pool(models, 23))
-    with pytest.raises(
-        OutOfBlocks, match="problem p2 .* 23 for the policy and 25 for the PRM .*; raise kv_bytes or memory"
-    ):
+    with pytest.raises(OutOfBlocks, match="problem p2 .* 23 for the policy and 25 for the PRM .*; raise kv_bytes or memory"):
         engine.search(PROBLEMS[1:3], STEP_METHODS[1])
     assert engine.ticks == 0
     assert_at_rest(engine)
@@ -493,6 +495,23 @@ def test_a_problem_that_fills_the_prm_alone_is_refused(models, tmp_path):
         assert engine.search(PROBLEMS[:1], make_method("majority", n=2, max_steps=5))
 
 
+def test_memory_is_for_weights_and_workspace_and_what_is_left_for_keys_and_values(models):
+    specs = [runner.decoder.spec for runner in load(models).runners]
+    fixed = {name: LIMITS[name] for name in ("max_step_tokens", "max_tokens", "block_size")} | {"max_rows": 64}
+    config = EngineConfig(memory="1GB", **fixed)
+    left = kv_room(config, specs)
+    taken = workspace(config, specs) + sum(weight_bytes(spec, torch.float32) for spec in specs)
+    assert config.kv_bytes is None and left == 10**9 - taken > 0 and taken > 64 * specs[0].vocab_size * 4
+    with Engine.from_pretrained(models / "policy", models / "qwen2.5-math-prm", memory=taken + (1 << 20), **fixed) as engine:
+        held = [runner.cache.num_bytes for runner in engine.runners]
+        assert 0 <= (1 << 20) - sum(held) < sum(runner.block_bytes for runner in engine.runners)
+    assert kv_room(EngineConfig(memory="50%", **fixed), specs) > kv_room(EngineConfig(memory="25%", **fixed), specs)
+    with pytest.raises(EngineError, match=r"memory=1000 is too little: weights take 0\.00 GB and the workspace"):
+        Engine.from_pretrained(models / "policy", memory=1000)
+    with pytest.raises(EngineError, match=f"memory={taken + 100} leaves 100 bytes for keys and values, which holds no block of 4"):
+        Engine.from_pretrained(models / "policy", models / "qwen2.5-math-prm", memory=taken + 100, **fixed)
+
+
 def test_a_pool_without_a_single_block_is_refused(models):
     with pytest.raises(EngineError, match="kv_bytes=100 holds no block"):
         load(models, kv_bytes=100)
@@ -502,6 +521,7 @@ def test_a_pool_without_a_single_block_is_refused(models):
     ("setting", "complaint"),
     [({"dtype": "int3"}, "no dtype 'int3'"), ({"dtype": "int8", "device": "cuda"}, "int8 runs on a CPU only, not on cuda"),
      ({"dtype": "fp8"}, "dtype fp8 runs on a GPU only, not on cpu: use bfloat16 or int8"),
+     ({"memory": "1GB"}, "memory and kv_bytes both say"), ({"memory": "most", "kv_bytes": None}, "memory='most' is neither a size"),
      ({"max_rows": 0}, "max_rows=0"), ({"backend": "fast"}, "fast"),
      ({"deterministic": True, "backend": "per_branch"}, "not batch-invariant"), ({"rows": 3}, "rows")],
     ids=str,

@@ -184,6 +184,8 @@ class ModelLedger:
     recompute_flops: int = field(default=0, metadata=LATER)
     speculation_flops: int = field(default=0, metadata=LATER)
     ideal_flops: int = field(default=0, metadata=LATER)
+    # Of idle steps, so that there was room: what was evicted between two counts is on the account of the second.
+    blocks_evicted: int = field(default=0, metadata=LATER)
     # Keys and values in the search's widest round, see Held; of several searches added up.
     kv_distinct_bytes: int = field(default=0, metadata=LATER)
     kv_logical_bytes: int = field(default=0, metadata=LATER)
@@ -224,9 +226,9 @@ class PolicyLedger(ModelLedger):
     tokens_generated: int = 0  # tokens drawn, whether their branch was kept or not
     tokens_unshared: int = 0  # prompt and steps of every trajectory, each prefilled and decoded on its own
     tokens_accepted: int = field(default=0, metadata=LATER)  # of those drawn, on branches that are voted on, a shared step once
+    preemptions: int = field(default=0, metadata=LATER)  # draws that gave up their blocks and went on later
     tokens_adopted: int = field(default=0, metadata=LATER)  # of those drawn, before they were asked for
     tokens_wasted: int = field(default=0, metadata=LATER)  # beside those drawn: before they were asked for, and they never were
-
 
     @property
     def hit_rate(self) -> float | None:

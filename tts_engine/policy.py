@@ -367,6 +367,7 @@ class Policy:
         self.runner.tree.release(row.lease)
         self._waiting.appendleft(row)
         self.preemptions += 1
+        row.context.ledger.preemptions += 1
 
     def _close(self, row: _Row, finish: Finish | None) -> None:
         """The step is whole: make the child, keep its KV if it may be expanded, pass it on."""

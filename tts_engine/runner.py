@@ -43,6 +43,7 @@ class ModelRunner:
         spec = decoder.spec
         self.decoder, self.backend = decoder, backend
         self.forwards = 0
+        self._evictions_charged = 0
         self.tokens_recomputed = 0  # whose keys and values had been there before
         self.blocks_read = 0  # of all forwards, each time those that somebody stands on
         self._read_flops = spec.flops_per_read
@@ -141,6 +142,8 @@ class ModelRunner:
         """Count work into a ledger; head_flops: of the head, for one hidden state that is read."""
         linear, attention = self._layer_flops(work)
         ledger.tokens_computed += work.tokens
+        ledger.blocks_evicted += self.tree.evicted - self._evictions_charged
+        self._evictions_charged = self.tree.evicted
         ledger.linear_flops += linear
         ledger.attention_flops += attention
         ledger.head_flops += head_flops * work.reads
