@@ -20,14 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .engine import DTYPES, Engine, EngineConfig, kv_room
+from .engine import DTYPES, Engine, EngineConfig, kv_room, make_policy
 from .errors import EngineError, OutOfBlocks
 from .kv.tree import blocks_needed
 from .ledger import Ledger
 from .models.linear import FP8, activations
 from .models.tokenizer import chat_template, encode_prompt, load_tokenizer
 from .models.weights import SOURCES, Checkpoint, resolve_checkpoint
-from .policy import Policy
 from .prm.families import FAMILIES, recognise, refuse_as_policy
 from .report.energy import joules
 from .results import SearchResult
@@ -302,7 +301,7 @@ def run_case(engine: Engine, case: Case, ceiling: float, copy_ceiling: float, *,
     """
     rule = DrawnLengths(case.step_tokens, engine.policy.runner.decoder.spec.vocab_size)
     config = case.engine_config
-    policy = Policy(engine.policy.runner, rule, max_rows=config.max_rows)
+    policy = make_policy(config, engine.policy.runner, rule)
     fitted = Engine(config, policy, engine.scorer, engine.tokenizer, engine.grader)
     problems = make_problems(case, engine.tokenizer)
     seconds, results, meters = [], list[SearchResult](), list[tuple[int, float | None]]()  # what was read, and taken, before each

@@ -185,10 +185,7 @@ class Engine:
         spec = decoders[0].spec
         rule = step_rule(config.steps, token_bytes(tokenizer), end_ids(tokenizer, checkpoints[0].directory), spec.vocab_size)
         scorer = make_scorer(runners[1], checkpoints[1], config.prm_family) if prm is not None else None
-        policy_of_rule = Policy(
-            runners[0], rule, max_rows=config.max_rows, graphs=make_graphs(runners[0], rule), speculate=config.speculate
-        )
-        return cls(config, policy_of_rule, scorer, tokenizer, Grader())
+        return cls(config, make_policy(config, runners[0], rule), scorer, tokenizer, Grader())
 
     def __enter__(self) -> Self:
         return self
@@ -460,6 +457,10 @@ def device_memory(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def make_policy(config: EngineConfig, runner: ModelRunner, rule: StepRule) -> Policy:
+    return Policy(runner, rule, max_rows=config.max_rows, graphs=make_graphs(runner, rule), speculate=config.speculate)
 
 
 def make_graphs(runner: ModelRunner, rule: StepRule) -> DecodeGraphs | None:
