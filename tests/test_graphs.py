@@ -258,6 +258,17 @@ def assert_nothing_held(engine) -> None:
 
 
 @pytest.mark.parametrize("steps", ["blank-line", "7"])
+@pytest.mark.parametrize("method", METHODS[3:5], ids=lambda method: method.name)
+def test_speculation_on_end_changes_no_bit(models, method, steps):
+    ref = engine_of(models, on_end=False, steps=steps).search(PROBLEMS[:1], method, seed=1)
+    engine = engine_of(models, on_end=True, steps=steps, speculate=True, max_rows=12)
+    out = engine.search(PROBLEMS, method, seed=1)
+    assert essence(out)[:1] == essence(ref)
+    assert engine.policy.graphs.begun and sum(result.ledger.policy.tokens_adopted for result in out) > 0
+    assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize("steps", ["blank-line", "7"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_whole_searches_are_the_same_on_end(models, method, steps):
     engines = [engine_of(models, on_end=on_end, steps=steps) for on_end in (False, True)]
