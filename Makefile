@@ -14,7 +14,7 @@ faults: .venv/.installed
 	.venv/bin/python tests/faults.py
 
 soak: .venv/.installed
-	.venv/bin/python -m pytest -q tests/kv tests/embedded tests/tasks tests/prm --soak 10
+	.venv/bin/python -m pytest -q tests/kv tests/embedded tests/tasks tests/prm tests/kernels/test_compiled.py --soak 10
 	.venv/bin/python -m pytest -q tests/test_bad_input.py -k mutated --soak 286
 
 bench: .venv/.installed
