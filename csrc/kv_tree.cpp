@@ -160,9 +160,9 @@ int64_t KVTree::lease(int64_t parent) {
 bool KVTree::extend(int64_t lease, int64_t num_tokens) { return extend_many(&lease, 1, num_tokens) == 1; }
 
 size_t KVTree::extend_many(const int64_t* leases, size_t num_leases, int64_t num_tokens) {
-  if (num_tokens < 0 || num_tokens > num_blocks_ * block_size_)
-    refuse("a lease cannot grow by " + str(num_tokens) + " tokens in a pool of " + str(num_blocks_ * block_size_));
+  if (num_tokens < 0) refuse("a lease cannot grow by " + str(num_tokens) + " tokens");
   for (size_t i = 0; i < num_leases; ++i) leases_.checked(leases[i]);
+  if (num_tokens > num_blocks_ * block_size_) return 0;  // of a pool that shrank, all of it may be too little
   for (size_t i = 0; i < num_leases; ++i)
     if (!extend_checked(leases_[leases[i]], num_tokens)) return i;
   return num_leases;

@@ -541,3 +541,12 @@ def test_slots_are_block_times_size_plus_offset_and_no_two_tokens_share_one():
     assert out.dtype == np.int64 and len(set(out[:12])) == 12
     assert (out[:4] - out[0]).tolist() == [0, 1, 2, 3] and out[0] % 4 == 0 and out[4] % 4 == 0
     assert out[12:].tolist() == out[2:5].tolist()
+
+
+def test_more_than_a_shrunken_pool_can_ever_hold_is_no_room_rather_than_an_error():
+    tree = KVTree(num_blocks=4, block_size=4)
+    lease = tree.lease(tree.insert(NO_NODE, [1, 2, 3]))
+    tree.resize(2)
+    assert not tree.extend(lease, 9) and tree.extend_many([lease], 9) == 0
+    tree.resize(4)
+    assert tree.extend(lease, 9)
