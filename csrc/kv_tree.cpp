@@ -162,7 +162,8 @@ bool KVTree::extend(int64_t lease, int64_t num_tokens) { return extend_many(&lea
 size_t KVTree::extend_many(const int64_t* leases, size_t num_leases, int64_t num_tokens) {
   if (num_tokens < 0) refuse("a lease cannot grow by " + str(num_tokens) + " tokens");
   for (size_t i = 0; i < num_leases; ++i) leases_.checked(leases[i]);
-  if (num_tokens > num_blocks_ * block_size_) return 0;  // of a pool that shrank, all of it may be too little
+  // More than all of the pool, as it may be of one that shrank, finds no room; how much more makes no difference.
+  num_tokens = std::min(num_tokens, num_blocks_ * block_size_ + 1);
   for (size_t i = 0; i < num_leases; ++i)
     if (!extend_checked(leases_[leases[i]], num_tokens)) return i;
   return num_leases;
