@@ -89,16 +89,18 @@ class Scorer:
         self.runner, self.spec, self.head, self.head_flops = runner, spec, head, head_flops
         self._asked: dict[_Reading, None] = {}  # oldest first
         self._offered: dict[_Reading, None] = {}
+        self._num_tokens = 0  # of the newest steps of both
+        self._num_open = 0
 
     @property
     def num_open(self) -> int:
         """Branches that are waited for."""
-        return sum(len(reading.waiting) for reading in self._asked)
+        return self._num_open
 
     @property
     def worth_a_tick(self) -> bool:
         """Whether so much is to be read that it pays, whoever waits."""
-        return sum(len(reading.ids[-1]) for reading in chain(self._asked, self._offered)) >= BATCH_TOKENS
+        return self._num_tokens >= BATCH_TOKENS
 
     def offer(self, context: ScoreContext, branch: Branch) -> None:
         """Take a branch whose score will be asked for: some tick reads it, with others. Raises EngineError as `submit` does."""
@@ -108,6 +110,7 @@ class Scorer:
             if path[-1] not in context.readings:
                 context.readings[path[-1]] = reading
                 self._offered[reading] = None
+                self._num_tokens += len(reading.ids[-1])
 
     def score_of(self, context: ScoreContext, branch: Branch) -> float | None:
         """The score of a branch's last step, if it was read already."""
@@ -125,7 +128,10 @@ class Scorer:
                   if not context.knows(path)]  # fmt: skip
         for place, branch, reading in unread:
             reading = context.readings.setdefault(reading.path[-1], reading)
+            if reading not in self._asked and reading not in self._offered:
+                self._num_tokens += len(reading.ids[-1])
             reading.waiting.append((answer, place, branch))
+            self._num_open += 1
             self._offered.pop(reading, None)
             self._asked[reading] = None
         for place, branch, path in branches:
@@ -275,6 +281,9 @@ class Scorer:
                     self._answer(context, answer, place, branch)
 
     def _forget(self, reading: _Reading) -> None:
+        if reading in self._asked or reading in self._offered:
+            self._num_tokens -= len(reading.ids[-1])
+            self._num_open -= len(reading.waiting)
         self._asked.pop(reading, None)
         self._offered.pop(reading, None)
 
