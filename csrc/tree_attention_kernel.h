@@ -100,11 +100,9 @@ struct BFloat16 {
   static void put_scalar(Type* to, float x) { *to = to_bfloat16(x); }
 };
 #else
-struct BFloat16 {
-  static constexpr int kPerUnit = 1, kPerWord = 2;
+struct BFloat16 : Float32 {  // once they are packed
+  static constexpr int kPerWord = 2;
   using Type = uint16_t;
-  using Share = float;
-  static Floats multiply_add(Floats sum, Words a, Words b) { return sum + (Floats)a * (Floats)b; }
   template <class W>
   static void spread(W word, uint32_t* to, int stride) {
     store(to, word << 16);
@@ -115,7 +113,6 @@ struct BFloat16 {
     for (; d + kLanes <= dim; d += kLanes) store(to + d, __builtin_convertvector(load<Halves>(rows[0] + d), Words) << 16);
     for (; d < dim; ++d) to[d] = uint32_t{rows[0][d]} << 16;
   }
-  static void put(Share* to, Floats x) { store(to, x); }
   static void put_scalar(Type* to, float x) { *to = to_bfloat16(x); }
 };
 #endif

@@ -219,6 +219,16 @@ def test_what_a_policy_executed_had_to_be_or_was_wasted_for_a_reason(seed, num_b
 PRM_HEAD = 1000
 
 
+def read_to_the_end(scorer, context):
+    """Score what the context's driver asks until it is done, and count it."""
+    while not context.driver.done:
+        for ask in context.driver.asks():
+            scorer.submit(context, ask)
+        while scorer.num_open:
+            scorer.tick()
+    scorer.count(context)
+
+
 def counting_scorer(num_blocks: int, read_at: int = -1) -> Scorer:
     """A step of a text is a token a letter and two for the marker; the opening is the problem's five tokens."""
     spec = PRMSpec(family="counted", opening=lambda problem: [7] * 5, read_at=read_at, readout=TwoClassHead(),
@@ -248,12 +258,7 @@ def test_what_a_prm_executed_had_to_be_or_was_wasted_for_a_reason(seed, num_bloc
 
     driver = Driver(program(root_branch(())))
     context = ScoreContext(driver=driver, opening=scorer.spec.opening(""), ledger=PRMLedger(), scored=lambda step: None)
-    while not driver.done:
-        for ask in driver.asks():
-            scorer.submit(context, ask)
-        while scorer.num_open:
-            scorer.tick()
-    scorer.count(context)
+    read_to_the_end(scorer, context)
     ideal = written_at(*range(1, 6))
     for path in paths:
         end = 5 + sum(len(text) + 2 for text in path)
@@ -270,12 +275,7 @@ def test_a_prm_reads_no_more_than_an_ideal_one_would(width, computed, reread):
     scorer = counting_scorer(num_blocks=2_000)
     driver = Driver(twelve_rounds(width))
     context = ScoreContext(driver=driver, opening=[7] * 150, ledger=PRMLedger(), scored=lambda step: None)
-    while not driver.done:
-        for ask in driver.asks():
-            scorer.submit(context, ask)
-        while scorer.num_open:
-            scorer.tick()
-    scorer.count(context)
+    read_to_the_end(scorer, context)
     ledger = context.ledger
     assert (ledger.tokens_computed, ledger.tokens_reread, ledger.steps_scored) == (computed, reread, 12 * width)
     assert wasted(ledger, padding=12 * (32 - width) * PRM_HEAD)  # a head reads tiles of 32
