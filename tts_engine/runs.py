@@ -186,15 +186,8 @@ class Run:
             raise RunError(f"{self.directory} cannot be used as a run's directory: {reason}") from error
         try:
             self._lock()
-            ids = set[str]()
-            for number, (record, end) in enumerate(_read_lines(self.directory / PROBLEMS), start=1):
-                try:
-                    _check_outcome(record, ids)
-                except (ValueError, TypeError, KeyError, AttributeError) as error:
-                    reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
-                    raise RunError(f"{self.directory / PROBLEMS} line {number} is no record of a search: {reason}") from error
+            for record, self._end in _checked_lines(self.directory / PROBLEMS):
                 self.records.append(outcome(record))
-                self._end = end
             self._settle(description)
             os.ftruncate(self._file, self._end)
         except BaseException:
@@ -267,6 +260,12 @@ def read_description(directory: Path) -> dict[str, Any]:
 def read_run(directory: Path) -> Iterator[dict[str, Any]]:
     """The records of a run, finished or not, whoever writes it now; a torn last line is left out."""
     for record, _ in _read_lines(Path(directory) / PROBLEMS):
+        yield record
+
+
+def read_outcomes(directory: Path) -> Iterator[dict[str, Any]]:
+    """The same, each checked as far as tables count it. Raises RunError for a line that they cannot count, by its number."""
+    for record, _ in _checked_lines(Path(directory) / PROBLEMS):
         yield record
 
 
@@ -351,6 +350,17 @@ def _read_lines(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 yield record, end
     except (OSError, ValueError) as error:
         raise RunError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _checked_lines(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    ids = set[str]()
+    for number, (record, end) in enumerate(_read_lines(file), start=1):
+        try:
+            _check_outcome(record, ids)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            raise RunError(f"{file} line {number} is no record of a search: {reason}") from error
+        yield record, end
 
 
 def _refuse_unless_file(file: Path) -> None:
