@@ -1,6 +1,8 @@
 """What the embedded models are trained on."""
 
 import itertools
+import random
+import re
 
 import pytest
 import torch
@@ -15,9 +17,12 @@ from tts_engine.embedded.corpus import (
     Trajectory,
     arithmetic_drill,
     batches,
+    checked_rows,
+    checked_solution,
     corrupted_gold,
     labelled,
     labelled_rows,
+    proof,
     solved_rows,
     training_programs,
 )
@@ -42,6 +47,57 @@ def test_a_policy_learns_the_solution_and_not_the_problem():
         assert targets[: problem - 1] == [IGNORE] * (problem - 1)
         assert targets[problem - 1 : -1] == ids[problem:]  # the next token, from the one after the problem's line end on
         assert targets[-1] == tokenizer.token_to_id("<|endoftext|>")
+
+
+def test_a_checked_solution_ends_each_step_with_what_is_right_and_learns_no_mistake():
+    slips = checks = 0
+    for program in itertools.islice(training_programs(4), 200):
+        pieces = list(checked_solution(program, random.Random(program.text)))
+        *steps, boxed = "".join(text for text, _ in pieces).split("\n\n")
+        assert boxed == f"\\boxed{{{program.answer}}}" and len(steps) == len(program.operations)
+        wrong = []
+        for step in steps:
+            asked = re.match(r"(\w)=(-?\d+)([-+*/%])(-?\d+)", step)
+            value = apply(int(asked[2]), asked[3], int(asked[4]))
+            assert value == program.values[asked[1]]
+            *redone, last = re.findall(r"=(-?\d+) \(([^ ]+) (ok|no)\)", step)
+            assert (int(last[0]), last[2]) == (value, "ok")
+            assert all(int(stated) != value and verdict == "no" for stated, _, verdict in redone)
+            wrong += [f"{stated} " for stated, _, _ in redone]
+            checks += 1
+        assert [text for text, learned in pieces if not learned] == wrong
+        slips += len(wrong)
+    assert 0.3 < slips / checks < 0.5  # 0.3 + 0.3^2 of them
+
+
+def test_a_checked_solution_is_of_the_same_problems_as_a_plain_one():
+    tokenizer = build_tokenizer()
+    for (ids, targets), (plain, _) in itertools.islice(
+        zip(checked_rows(tokenizer, 1), solved_rows(tokenizer, 1), strict=False), 20
+    ):
+        problem = tokenizer.decode(ids).split("\n")[0]
+        assert problem == tokenizer.decode(plain).split("\n")[0] and len(ids) == len(targets)
+        shifted = [*ids[1:], tokenizer.token_to_id("<|endoftext|>")]
+        assert all(target in (IGNORE, next) for target, next in zip(targets, shifted, strict=True))
+        assert targets[: len(problem)] == [IGNORE] * len(problem) and IGNORE not in targets[-len("\\boxed{1}") :]
+
+
+@pytest.mark.parametrize(
+    ("operation", "right", "wrong"),
+    [
+        ((47, "+", 38, 85), "85-38=47", "75-38=37"),
+        ((5, "-", 17, -12), "-12+17=5", "-22+17=-5"),
+        ((96, "/", 8, 12), "12*8=96", "2*8=16"),
+        ((100, "%", 7, 2), "14*7+2=100", "14*7+-8=90"),
+        ((67, "*", 83, 5561), "4980+581=5561", "4980+581=5561"),
+        ((-45, "*", 12, -540), "-480+-60=-540", "-480+-60=-540"),
+        ((6, "*", 83, 498), "480+18=498", "480+18=498"),
+    ],
+)  # fmt: skip
+def test_a_proof_goes_another_way_and_shows_what_is_wrong(operation, right, wrong):
+    left, op, other, value = operation
+    assert proof(left, op, other, value) == right
+    assert proof(left, op, other, value - 10) == wrong
 
 
 def test_a_trajectory_has_one_first_error_and_no_hope_after_it():

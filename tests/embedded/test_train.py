@@ -1,12 +1,15 @@
 """How the embedded models are trained: what a PRM starts from."""
 
+import itertools
+from dataclasses import replace
+
 import torch
 from transformers import Qwen2ForCausalLM
 
 from tts_engine.embedded import model_path
-from tts_engine.embedded.corpus import FIRST_ERROR, GOOD, LATER_ERROR, RIGHT_DIGIT, WRONG_DIGIT
-from tts_engine.embedded.recipe import ADDED_LAYERS
-from tts_engine.embedded.train import balanced_loss, with_added_layers
+from tts_engine.embedded.corpus import FIRST_ERROR, GOOD, LATER_ERROR, RIGHT_DIGIT, WRONG_DIGIT, arithmetic_drill
+from tts_engine.embedded.recipe import ADDED_LAYERS, STUDY_PRMS
+from tts_engine.embedded.train import balanced_loss, train_prm, with_added_layers
 from tts_engine.models.tokenizer import load_tokenizer
 
 
@@ -44,3 +47,15 @@ def test_every_kind_of_target_weighs_the_same_however_rare():
     torch.testing.assert_close(loss.item(), right + wrong)
     loss = balanced_loss(logits, torch.tensor([WRONG_DIGIT, RIGHT_DIGIT, LATER_ERROR, RIGHT_DIGIT]))
     torch.testing.assert_close(loss.item(), wrong + right + 0.25 * wrong)
+
+
+def test_a_checkpoint_is_saved_on_the_way_and_changes_nothing(tmp_path):
+    recipe = replace(STUDY_PRMS["prm-small"], legs=((2000, 1e-3), (2000, 1e-3), (2000, 1e-3)))
+    drill = list(itertools.islice(arithmetic_drill(1), 100))
+    saved = {name: tmp_path / name for name in ("half", "whole", "alone")}
+    for name, checkpoints in (("alone", {}), ("whole", {3000: saved["half"]})):
+        saved[name].mkdir()
+        train_prm(recipe, model_path(recipe.start), drill, drill, saved[name], lambda line: None, checkpoints)
+    half, whole, alone = ((saved[name] / "model.safetensors").read_bytes() for name in ("half", "whole", "alone"))
+    assert whole == alone and len(half) == len(whole) and half != whole
+    assert {path.name for path in saved["half"].iterdir()} == {path.name for path in saved["whole"].iterdir()}

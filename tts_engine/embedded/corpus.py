@@ -8,7 +8,7 @@ import torch
 
 from ..prm.spec import PRMSpec
 from ..tasks.programs import LIMIT, STEP_END, Program, apply, draw_programs, solve, stated_operation, step_labels
-from .recipe import LEVEL_MIX
+from .recipe import LEVEL_MIX, MOST_SLIPS, SLIP_RATE
 
 IGNORE = -100
 FIRST_ERROR, GOOD, LATER_ERROR = 0, 1, 2  # what a step is to a PRM in training
@@ -34,6 +34,60 @@ def solved_rows(tokenizer, seed: int) -> Iterator[tuple[list[int], list[int]]]:
         solution = [*tokenizer.encode(STEP_END.join(solve(program, rng))).ids, end]
         ids = prompt + solution
         yield ids[:-1], [IGNORE] * (len(prompt) - 1) + solution
+
+
+def checked_rows(tokenizer, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+    """As solved_rows, of the same problems; every result is checked behind it, and a wrong one is redone:
+
+        c=85-54=41 (41+54=95 no) =31 (31+54=85 ok)
+
+    A wrong result is read and not learned, so a policy takes from it what to do about mistakes, not to make them.
+    """
+    end = tokenizer.token_to_id("<|endoftext|>")
+    rng = random.Random(f"checked/{seed}")
+    for program in training_programs(seed):
+        ids = tokenizer.encode(program.text + "\n").ids
+        targets = [IGNORE] * len(ids)
+        for text, learned in checked_solution(program, rng):
+            piece = tokenizer.encode(text).ids
+            ids += piece
+            targets += piece if learned else [IGNORE] * len(piece)
+        yield ids, [*targets[1:], end]
+
+
+def checked_solution(program: Program, rng: random.Random) -> Iterator[tuple[str, bool]]:
+    """The text of a solution in pieces, and whether each is to be learned."""
+    for step in solve(program, rng):
+        operation = stated_operation(step)
+        if operation is None:
+            yield step, True
+            return
+        left, op, right, value = operation
+        yield step.rpartition("=")[0], True
+        for attempt in range(MOST_SLIPS + 1):
+            slips = attempt < MOST_SLIPS and rng.random() < SLIP_RATE
+            stated = _slip(value, rng) if slips else value
+            yield "=", True
+            yield f"{stated} ", not slips
+            yield f"({proof(left, op, right, stated)} {'no) ' if slips else 'ok)'}", True
+            if not slips:
+                break
+        yield STEP_END, True
+
+
+def proof(left: int, op: str, right: int, stated: int) -> str:
+    """Another way to what `stated` stands for: a product by parts, anything else taken back to `left`."""
+    if op == "+":
+        return f"{stated}-{right}={stated - right}"
+    if op == "-":
+        return f"{stated}+{right}={stated + right}"
+    if op == "/":
+        return f"{stated}*{right}={stated * right}"
+    if op == "%":
+        return f"{left // right}*{right}+{stated}={left // right * right + stated}"
+    parted, whole = (left, right) if abs(left) > 9 else (right, left)
+    ones = abs(parted) % 10 * (1 if parted > 0 else -1)
+    return f"{(parted - ones) * whole}+{ones * whole}={left * right}"
 
 
 @dataclass(frozen=True, slots=True)

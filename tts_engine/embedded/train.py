@@ -1,25 +1,29 @@
 """Trains the embedded policies and PRMs from nothing, with transformers' own modules, on the CPU."""
 
+import copy
 import itertools
 import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 from typing import TextIO
 
 import torch
 from safetensors.torch import save_file
 
+from ..errors import EngineError
 from ..models.decoder import rotary_frequencies
 from ..models.spec import DecoderSpec
 from ..models.tokenizer import load_tokenizer
 from ..prm.families import FAMILIES
 from ..prm.spec import TokenPair
 from ..tasks.problems import load_task
+from . import MODELS
 from .check import publish
 from .corpus import (
     FIRST_ERROR,
@@ -31,6 +35,7 @@ from .corpus import (
     Trajectory,
     arithmetic_drill,
     batches,
+    checked_rows,
     corrupted_gold,
     labelled,
     labelled_rows,
@@ -46,6 +51,9 @@ from .recipe import (
     SAMPLED_POLICIES,
     SAMPLED_PROGRAMS,
     SAMPLED_TEMPERATURE,
+    STUDY_CHECKPOINTS,
+    STUDY_POLICIES,
+    STUDY_PRMS,
     PolicyRecipe,
     PRMRecipe,
 )
@@ -80,8 +88,10 @@ def qwen2_config(recipe: PolicyRecipe, vocab_size: int):
     )
 
 
-def fit(step_loss, parameters, stream, *, total_tokens: int, learning_rate: float, name: str, log: Log) -> None:
-    """AdamW with warm-up and a cosine to a tenth, clipped at 1; `step_loss(ids, targets)` -> scalar."""
+def fit(step_loss, parameters, stream, *, total_tokens: int, learning_rate: float, name: str, log: Log,
+        spending: Callable[[int], None] = lambda tokens: None) -> None:  # fmt: skip
+    """AdamW with warm-up and a cosine to a tenth, clipped at 1; `step_loss(ids, targets)` -> scalar. `spending` is told what every
+    step took."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     warmup = 0.02 * total_tokens
@@ -97,6 +107,7 @@ def fit(step_loss, parameters, stream, *, total_tokens: int, learning_rate: floa
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         spent, steps = spent + real, steps + 1
+        spending(real)
         recent.append(loss.item())
         if steps % 100 == 0:
             seconds = time.monotonic() - started
@@ -119,7 +130,8 @@ def train_policy(recipe: PolicyRecipe, directory: Path, log: Log = print) -> Non
 
     for leg, (tokens, learning_rate) in enumerate(recipe.legs):
         seed = recipe.seed + 1000 * leg
-        stream = batches(solved_rows(tokenizer, seed), batch_tokens=BATCH_TOKENS, total_tokens=tokens, seed=seed)
+        rows = (checked_rows if recipe.checked else solved_rows)(tokenizer, seed)
+        stream = batches(rows, batch_tokens=BATCH_TOKENS, total_tokens=tokens, seed=seed)
         fit(step_loss, model.parameters(), stream, total_tokens=tokens, learning_rate=learning_rate, name=recipe.name, log=log)
         round_weights(model)
     model.bfloat16()
@@ -135,8 +147,9 @@ def round_weights(model: torch.nn.Module) -> None:
 
 
 def train_prm(recipe: PRMRecipe, start: Path, early: Iterable[Trajectory], last: Iterable[Trajectory], directory: Path,
-              log: Log = print) -> None:  # fmt: skip
-    """Train one PRM from the policy in `start`, its last leg on `last`, and save it in its family's form.
+              log: Log = print, checkpoints: Mapping[int, Path] = MappingProxyType({})) -> None:  # fmt: skip
+    """Train one PRM from the policy in `start`, its last leg on `last`, and save it in its family's form. checkpoints: where it is
+    saved as well, by the tokens after which.
 
     Beside the steps' scores it learns, in all legs but the last and through a head that is not kept, which characters of each
     result are right: a score alone is too little to learn arithmetic from.
@@ -171,6 +184,18 @@ def train_prm(recipe: PRMRecipe, start: Path, early: Iterable[Trajectory], last:
         return loss_of_scores(hidden, targets) + balanced_loss(digit(hidden[of_digit]), targets[of_digit])
 
     equals = tokenizer.convert_tokens_to_ids("=")
+    waiting, spent = dict(checkpoints), 0
+
+    def spending(tokens: int) -> None:
+        nonlocal spent
+        spent += tokens
+        for at in [at for at in waiting if at <= spent]:
+            place = waiting.pop(at)
+            place.mkdir(parents=True, exist_ok=True)
+            save_tokenizer(place)
+            save_prm(recipe, copy.deepcopy(model), None if pair else copy.deepcopy(score), place)
+            log(f"{recipe.name}: saved after {spent / 1e6:.2f} M tokens as {place.name}")
+
     early_rows, last_rows = (labelled_rows(spec, equals, trajectories) for trajectories in (early, last))
     for leg, (tokens, learning_rate) in enumerate(recipe.legs):
         for parameter in known:
@@ -178,12 +203,18 @@ def train_prm(recipe: PRMRecipe, start: Path, early: Iterable[Trajectory], last:
         rows, loss = (early_rows, loss_of_early) if leg < len(recipe.legs) - 1 else (last_rows, loss_of_last)
         stream = batches(rows, batch_tokens=BATCH_TOKENS, total_tokens=tokens, seed=recipe.seed + 1000 * leg)
         learning = [parameter for parameter in parameters if parameter.requires_grad]
-        fit(loss, learning, stream, total_tokens=tokens, learning_rate=learning_rate, name=recipe.name, log=log)
+        fit(loss, learning, stream, total_tokens=tokens, learning_rate=learning_rate, name=recipe.name, log=log,
+            spending=spending)  # fmt: skip
         if leg >= len(recipe.legs) - 2:  # the last leg starts from what could be saved, and ends with it
             round_weights(model)
             round_weights(score)
+    save_prm(recipe, model, None if pair else score, directory)
+
+
+def save_prm(recipe: PRMRecipe, model, score, directory: Path) -> None:
+    """Write the PRM as bfloat16, its head `score` if its family has one; `model` is bfloat16 from then on."""
     model.bfloat16()
-    if not pair:
+    if score is not None:
         tensors = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}
         tensors |= {f"score.{name}": tensor.to(torch.bfloat16) for name, tensor in score.state_dict().items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
@@ -281,37 +312,61 @@ def train_all(out: Path, work: Path, log: Log = print) -> None:
 
     Two single-threaded processes are the best use of two cores: small matrices gain little from a second thread.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    work.mkdir(parents=True, exist_ok=True)
     lanes = (["policy-l"], ["policy-m", "policy-s", "prm-good", "prm-poor"])
-    with ProcessPoolExecutor(len(lanes), mp_context=get_context("spawn")) as pool:
-        for done in [pool.submit(_run_lane, names, out, work) for names in lanes]:
-            done.result()
+    _run_lanes([[out / name for name in names] for names in lanes], work, out)
     publish(out, load_task("embedded", "calibration"), log)
     log(f"the embedded models are in {out}")
 
 
-def _run_lane(names: Sequence[str], out: Path, work: Path) -> None:
-    """Make the models of one lane in turn; each appears in `out` when it is whole."""
+def train_study(out: Path, work: Path, log: Log = print) -> None:
+    """Make the models that only the study takes, from those that ship: a policy that checks its results, a small PRM, and a shipped
+    PRM as it was after each of STUDY_CHECKPOINTS. That PRM is made once more for it and stays in `work`.
+
+    Raises EngineError where it is not to the last bit the one that ships, as may be with another version of torch.
+    """
+    name, tokens = STUDY_CHECKPOINTS
+    lanes = [[work / name, *(out / prm for prm in STUDY_PRMS)], [out / policy for policy in STUDY_POLICIES]]
+    _run_lanes(lanes, work, MODELS, {name: {at: out / f"{name}-{at / 1e6:g}M" for at in tokens}})
+    made, ships = ((directory / name / "model.safetensors").read_bytes() for directory in (work, MODELS))
+    if made != ships:
+        raise EngineError(f"{work / name} is not the {name} that ships, so its checkpoints in {out} are of another training")
+    log(f"the study's models are in {out}")
+
+
+Checkpoints = Mapping[str, Mapping[int, Path]]  # of a PRM, by its name: where it is saved after how many tokens
+
+
+def _run_lanes(lanes: Sequence[Sequence[Path]], work: Path, starts: Path, checkpoints: Checkpoints | None = None) -> None:
+    """Make the models that are missing, a process a lane. starts: where the policies are that a PRM begins with or learns from."""
+    work.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(len(lanes), mp_context=get_context("spawn")) as pool:
+        for done in [pool.submit(_run_lane, directories, work, starts, checkpoints or {}) for directories in lanes]:
+            done.result()
+
+
+def _run_lane(directories: Sequence[Path], work: Path, starts: Path, checkpoints: Checkpoints) -> None:
+    """Make the models of one lane in turn; each appears in its directory when it is whole."""
     torch.set_num_threads(1)
-    for name in names:
-        if (out / name).exists():
+    for directory in directories:
+        if directory.exists():
             continue
-        partial = work / name
+        name, partial = directory.name, work / f"{directory.name}.partial"
         partial.mkdir(exist_ok=True)
         with open(work / f"{name}.log", "a") as file:
 
             def log(line: str, file: TextIO = file) -> None:
                 print(line, file=file, flush=True)
 
-            if name in POLICIES:
-                train_policy(POLICIES[name], partial, log)
-            else:
-                _make_prm(PRMS[name], partial, out, work, log)
-        partial.rename(out / name)
+            policy, prm = (POLICIES | STUDY_POLICIES).get(name), (PRMS | STUDY_PRMS).get(name)
+            if policy:
+                train_policy(policy, partial, log)
+            elif prm:
+                _make_prm(prm, partial, starts, work, log, checkpoints.get(name, {}))
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(directory)
 
 
-def _make_prm(recipe: PRMRecipe, directory: Path, out: Path, work: Path, log: Log) -> None:
+def _make_prm(recipe: PRMRecipe, directory: Path, starts: Path, work: Path, log: Log, checkpoints: Mapping[int, Path]) -> None:
     early: Iterable[Trajectory]
     last: Iterable[Trajectory]
     if recipe.trained_on == "corrupted gold":
@@ -320,7 +375,7 @@ def _make_prm(recipe: PRMRecipe, directory: Path, out: Path, work: Path, log: Lo
         files = [work / f"{policy}.jsonl" for policy in SAMPLED_POLICIES]
         for number, (policy, file) in enumerate(zip(SAMPLED_POLICIES, files, strict=True)):
             if not file.exists():
-                sample_trajectories(out / policy, file, seed=100 + number, log=log)
+                sample_trajectories(starts / policy, file, seed=100 + number, log=log)
         early = itertools.chain.from_iterable(zip(sampled(files), arithmetic_drill(recipe.seed), strict=False))
         last = sampled(files)
-    train_prm(recipe, out / recipe.start, early, last, directory, log)
+    train_prm(recipe, starts / recipe.start, early, last, directory, log, checkpoints)
