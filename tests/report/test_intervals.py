@@ -98,7 +98,7 @@ def test_intervals_hold_what_they_should_as_often_as_they_say(monkeypatch, draw)
     made, true = DRAWS[draw]
     studies = made(np.random.default_rng(3), (60, 500))
     figures = [lambda means, place=place: means[..., place] for place in range(500)]
-    bounds = np.array([found.interval() for found in intervals._bootstraps(studies, figures, seed=5)])
+    bounds = np.array([found.interval() for found in intervals.bootstraps(studies, figures, seed=5)])
     above, below = np.mean(bounds[:, 0] > true), np.mean(bounds[:, 1] < true)
     assert 0.025 <= above + below <= 0.085 and 0.01 <= above <= 0.05 and 0.01 <= below <= 0.05
 

@@ -90,7 +90,7 @@ def bootstrap(values: Any, of: "Callable[[np.ndarray], np.ndarray] | None" = Non
 
     table = np.asarray(values, np.float64)
     table = table[:, None] if table.ndim == 1 else table
-    return _bootstraps(table, [of or (lambda means: means[..., 0])], seed)[0]
+    return bootstraps(table, [of or (lambda means: means[..., 0])], seed)[0]
 
 
 def paired_difference(
@@ -139,7 +139,7 @@ def verdicts(claims: Mapping[str, Sequence[float]], confidence: float = 0.95, se
         alike = [name for name in names if len(tables[name]) == size]
         columns = np.stack([tables[name] for name in alike], axis=1)
         figures = [lambda means, place=place: means[..., place] for place in range(len(alike))]
-        found |= zip(alike, _bootstraps(columns, figures, seed), strict=True)
+        found |= zip(alike, bootstraps(columns, figures, seed), strict=True)
     alone = {name: max(found[name].p_value, min(1.0, 2.0 ** (1 - np.count_nonzero(tables[name])))) for name in names}
     among = dict(zip(names, holm([alone[name] for name in names]), strict=True))
     told = {}
@@ -166,8 +166,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _bootstraps(table: "np.ndarray", figures: "Sequence[Callable[[np.ndarray], np.ndarray]]", seed: int) -> list[Bootstrap]:
-    """Several figures of the same problems, float64 [problems, k], from the same resamples."""
+def bootstraps(table: "np.ndarray", figures: "Sequence[Callable[[np.ndarray], np.ndarray]]", seed: int = 0) -> list[Bootstrap]:
+    """Several figures of the same problems, float64 [problems, k], from the same resamples; each as `bootstrap` takes one."""
     import numpy as np
 
     size = len(table)
