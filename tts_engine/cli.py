@@ -201,6 +201,17 @@ def make_parser() -> Parser:
     rescore.add_argument("--out", type=Path, metavar="DIR2", help="made, or continued where it stopped (default DIR-by-Q)")
     add_engine_options(rescore.add_argument_group("engine"), READING_OPTIONS)
 
+    diagnose = verb("diagnose", run_diagnose, "tell how far a PRM's scores of steps can be trusted", json_last)
+    text = "a run as eval or rescore wrote it, or solutions with marked first errors: JSON or JSONL in the form of ProcessBench"
+    diagnose.add_argument("source", type=Path, metavar="RUN|FILE", help=text)
+    text = "who reads the steps now: a name, a directory or a hub id (default: a run's own scores are told of)"
+    diagnose.add_argument("--prm", metavar="Q", help=text)
+    text = "score from which on a step is called good (default %(default)s)"
+    diagnose.add_argument("--threshold", type=fraction, default=0.5, metavar="S", help=text)
+    text = "for the figures (default: diagnostics.json in a run whose own scores are told of, else none)"
+    diagnose.add_argument("-o", "--out", type=Path, metavar="FILE", help=text)
+    add_engine_options(diagnose.add_argument_group("engine, beside --prm"), READING_OPTIONS)
+
     convert = verb("convert", run_convert, "write pytorch_model.bin, in one file or shards, anew as safetensors", json_last)
     convert.add_argument("source", type=Path, metavar="SRC", help="a checkpoint's directory; it is not changed")
     convert.add_argument("destination", type=Path, metavar="DST", help="the directory to make")
@@ -427,6 +438,41 @@ def run_rescore(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(choices(run.records) | {"out": str(out)}))
     return EXIT_FAILED if failed else 0
+
+
+def run_diagnose(args: argparse.Namespace) -> int:
+    set_threads(args.threads)
+    from .diagnose import diagnose_by, diagnose_run, save_diagnostics
+    from .report.diagnostics import FILE
+    from .report.diagnostics_table import diagnostics_table
+
+    source, out = args.source, args.out
+    given = {name: value for name in READING_OPTIONS if (value := getattr(args, name)) is not None}
+    if out is not None and out.is_dir():
+        raise EngineError(f"--out {out} is a directory, not a file")
+    if args.prm is not None:
+        from .engine import EngineConfig
+        from .rescore import config_of
+
+        blocks = {"block_size": BLOCK_SIZE} if args.prm in NAMES else {}
+        config = config_of(source, **given) if source.is_dir() else EngineConfig(**blocks | given)
+        check_device(config.device)
+        found = diagnose_by(local_directory(args.prm) or args.prm, source, config, threshold=args.threshold)
+    elif given:
+        raise EngineError(f"--{next(iter(given)).replace('_', '-')} is for a PRM that reads now: give --prm")
+    elif source.is_file():
+        raise EngineError(f"{source} is no run and holds no scores: give --prm, which then reads its solutions")
+    else:
+        found = diagnose_run(source, threshold=args.threshold)
+        out = out or source / FILE
+    screen = console()
+    screen.print(diagnostics_table(found))
+    if out is not None:
+        save_diagnostics(found, out)
+        screen.print(f"in {out}", markup=False, highlight=False)
+    if args.json:
+        print(json.dumps(asdict(found) | {"out": str(out) if out is not None else None}))
+    return 0
 
 
 def run_convert(args: argparse.Namespace) -> int:

@@ -87,15 +87,23 @@ def rescore(trees: Iterable[Stored], scorer: Scorer, run: Run, *, finished: Told
 
 
 def read_tree(stored: Stored, scorer: Scorer) -> tuple[dict[int, Branch], Ledger]:
-    """Every step of a tree with the PRM's score, by identity, and what it cost; each is read once. Raises EngineError."""
+    """`read_steps` of a stored tree."""
+    return read_steps(stored.record["problem"], stored.nodes, scorer)
+
+
+def read_steps(problem: str, nodes: Sequence[Branch], scorer: Scorer) -> tuple[dict[int, Branch], Ledger]:
+    """Every step of a tree with the PRM's score, by identity, and what it cost; each is read once. Raises EngineError.
+
+    nodes: parents before their children; the root above them has identity 0 and is not among them.
+    """
     steps: dict[int, Branch] = {}
     ledger, started = Ledger.empty(), perf_counter()
 
     def keep(step: Branch) -> None:
         steps[step.identity] = step
 
-    driver = Driver(_reading(stored.nodes))
-    opening = scorer.spec.opening(stored.record["problem"])
+    driver = Driver(_reading(nodes))
+    opening = scorer.spec.opening(problem)
     context = ScoreContext(driver=driver, opening=opening, ledger=ledger.prm, scored=keep)
     try:
         while not driver.done:
