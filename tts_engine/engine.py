@@ -214,6 +214,10 @@ class Engine:
         by_id = {result.problem.id: result for result in self.stream(given, method, seed=seed)}
         return [by_id[problem.id] for problem in given]
 
+    def limits(self, problem: Problem, method: Method) -> Limits:
+        """Where a search would cut its draws. Raises EngineError where the problem cannot be searched with that method."""
+        return self._prepare(problem, method).limits
+
     def stream(self, problems: str | Problem | Sequence[str | Problem], method: Method | Chooser, *, seed: int = 0,
                failed: Failed | None = None) -> Iterator[SearchResult]:  # fmt: skip
         """The same, each result as soon as its search is over. Closing the iterator abandons the rest.

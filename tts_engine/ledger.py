@@ -212,6 +212,12 @@ class ModelLedger:
         return self.flops - sum(self.wasted_flops.values())
 
     @property
+    def asked_flops(self) -> int:
+        """Those of a search that wastes nothing and finds nothing: each distinct step once, and each draw that came out as another
+        did. It follows from the tree alone, so it is the cost by which searches are compared, whatever executed them."""
+        return self.ideal_flops + self.duplicate_flops
+
+    @property
     def found_flops(self) -> int:
         """Those of the ideal executor that the search was spared: other searches had computed as much for it."""
         return self.ideal_flops - self.useful_flops
@@ -309,6 +315,11 @@ class Ledger:
     def flops(self) -> int:
         """Policy and PRM together."""
         return self.policy.flops + self.prm.flops
+
+    @property
+    def asked_flops(self) -> int | None:
+        """Of both; None where that was not counted, in a record of an earlier version."""
+        return self.policy.asked_flops + self.prm.asked_flops if self.policy.ideal_flops else None
 
     @property
     def useful(self) -> float | None:

@@ -238,7 +238,7 @@ class Run:
         if not file.exists():
             if self.records:
                 raise RunError(f"{self.directory} holds {PROBLEMS} without {RUN}, so its settings are lost: choose another --out")
-            _write_whole(file, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
+            write_description(file, description)
             return
         refuse_unless_same(self.directory, read_description(self.directory), description)
 
@@ -411,11 +411,11 @@ def as_line(record: dict[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
-def _write_whole(file: Path, text: str) -> None:
+def write_description(file: Path, description: dict[str, Any]) -> None:
     """All of it or nothing, whatever happens meanwhile."""
     part = file.with_suffix(".part")
     with part.open("w", encoding="utf-8") as out:
-        out.write(text)
+        out.write(json.dumps(description, indent=1, ensure_ascii=False) + "\n")
         out.flush()
         os.fsync(out.fileno())
     part.replace(file)
