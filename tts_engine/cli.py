@@ -190,6 +190,11 @@ def make_parser() -> Parser:
         "--budgets", type=listed(whole), default=(), metavar="N,N", help="to choose for (default: every n of the runs)"
     )
 
+    sweep = verb("sweep", run_sweep, "policies x PRMs x methods x n as a recipe has them, in one directory of runs", json_last)
+    sweep.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; tts_engine/sweep/recipe.py tells what is in one")
+    sweep.add_argument("-o", "--out", type=Path, metavar="DIR", help="made, or continued where it stopped (default runs/RECIPE)")
+    sweep.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: torch's own choice)")
+
     score = verb("score", run_score, "choose anew among the stored trees of a run, without a model", json_last)
     score.add_argument("run_directory", type=Path, metavar="DIR", help="as eval or rescore wrote it")
     score.add_argument("--grouping", choices=GROUPINGS, metavar="G", help=f"{' or '.join(GROUPINGS)} (default: the run's rules')")
@@ -373,6 +378,33 @@ def run_fit(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"out": str(args.out), "strategy": asdict(strategy)}))
     return 0
+
+
+def run_sweep(args: argparse.Namespace) -> int:
+    set_threads(args.threads)
+    from .report.progress import Progress
+    from .report.table import table
+    from .sweep.make import Sweep
+    from .sweep.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe)
+    out = args.out or Path("runs") / args.recipe.stem
+    check_device(recipe.config.device)
+    try:
+        with Sweep(recipe, out) as sweep, Progress(len(sweep.cells) * len(sweep.problems)) as progress:
+            made = sweep.make(progress)
+    except KeyboardInterrupt:
+        print(f"interrupted: what is finished is safe in {out}; run the same command again to continue", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    screen = console()
+    screen.print(table([one.outcome for one in made], f"{args.recipe}: {len(sweep.problems)} problems", screen.width))
+    screen.print(f"in {out}", markup=False, highlight=False)
+    failed = sum(len(one.failed) for one in made)
+    if failed:
+        print(f"{failed} times a problem could not be searched and counts as not solved; the records say why", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"out": str(out), "cells": [one.as_dict() for one in made], "failed": failed}))
+    return EXIT_FAILED if failed else 0
 
 
 def run_score(args: argparse.Namespace) -> int:

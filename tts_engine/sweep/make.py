@@ -201,7 +201,7 @@ class Sweep:
     def _describe(self) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION,
-            "recipe": asdict(self.recipe),
+            "recipe": {name: value for name, value in asdict(self.recipe).items() if name != "estimate"},  # no run hangs on it
             "task": self._run["task"],
             "engine": asdict(self.config),
             "policies": {name: self._described[name] for name in self.recipe.policies},

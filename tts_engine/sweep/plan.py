@@ -80,11 +80,11 @@ def _under(recipe: Recipe, policy: str, prm: str | None, first: bool) -> Iterato
     best = [entry for entry in entries if isinstance(entry, BestOfN)]
     for entry in best:
         if len(recipe.prms) > 1 or any(_alike(entry, other) for other in majorities):
-            majorities[_draws(entry, max(e.n for e in best if _alike(e, entry)))] = None
+            majorities[_draws(entry, max(other.n for other in best if _alike(other, entry)))] = None
     if first:
-        for entry in entries:
-            if not isinstance(entry, AutoEntry | Majority) and not entry.uses_prm:
-                yield (None, entry), SEARCHED, None
+        for method in entries:
+            if not isinstance(method, AutoEntry | Majority) and not method.uses_prm:
+                yield (None, method), SEARCHED, None
         for majority in sorted(majorities, key=lambda m: -m.n):
             largest = max((m for m in majorities if _alike(m, majority)), key=lambda m: m.n)
             if majority == largest:
