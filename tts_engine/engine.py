@@ -33,10 +33,11 @@ from .policy import MAX_PREFILL, DrawContext, Limits, Policy
 from .prm.families import FAMILIES, recognise, refuse_as_policy
 from .prm.scorer import ScoreContext, Scorer
 from .prm.spec import TokenPair, TwoClassHead
-from .results import Choice, Chooser, SearchResult, conclude
+from .results import Choice, Chooser, SearchResult, conclude, read_answers
 from .runner import ModelRunner
 from .sampling import Sampling, philox_key
-from .search import Driver, Method
+from .search import Adaptive, Ask, Driver, Method
+from .search.allocation import Allocation, Cost, Standing
 from .steps import CLOSED, StepRule, check_mode, step_rule
 from .tasks.grader import Grader
 from .tasks.problems import Problem
@@ -133,7 +134,8 @@ class _Prepared:
 
 @dataclass(slots=True, eq=False)
 class _Search:
-    """One problem under way. choice: the method it is searched with; None for a pilot, whose choice is still to come."""
+    """One problem under way. choice: the method it is searched with; None for a pilot, whose choice is still to come. held: draws
+    that wait for their share of a budget."""
 
     problem: Problem
     prepared: dict[Method, _Prepared]
@@ -146,6 +148,8 @@ class _Search:
     ledger: Ledger
     started: float
     before: Phases  # what the stopwatch showed then
+    held: Ask | None = None
+    cost: Cost = Cost()  # until then
 
 
 class Engine:
@@ -231,6 +235,8 @@ class Engine:
         for one in methods:
             if one.uses_prm and self.scorer is None:
                 raise EngineError(f"{one.name} needs a PRM and this engine has none: give prm=")
+            if isinstance(method, Chooser) and isinstance(one, Adaptive) and one.budget is not None:
+                raise EngineError(f"{method.name} chooses problem by problem, and a budget is for all problems: leave it out")
         prepared = [{one: self._prepare(problem, one) for one in methods} for problem in as_problems(problems)]
         return self._stream(prepared, method, seed, failed)
 
@@ -240,6 +246,8 @@ class Engine:
             raise EngineError("this engine is searching already: exhaust or close that iterator first, or make a second engine")
         self._searching = True
         waiting, running, watch = deque(prepared), list[_Search](), Stopwatch()
+        budget = method.shared_budget if isinstance(method, Adaptive) else None
+        allocation = Allocation(budget) if budget is not None else None
         try:
             while waiting or running:
                 while waiting and self.policy.num_open < self.config.max_rows and self._reserve(running, waiting[0]):
@@ -247,9 +255,12 @@ class Engine:
                     running[-1].before = replace(watch.shared)
                     self._pass_on(running[-1])
                 watch.share("rest", len(running))
-                self._tick()
-                self.budget.look()
-                watch.share(self._ticked, len(running))
+                if allocation is not None and not waiting and _all_held(running):
+                    self._share_out(running, allocation)
+                else:
+                    self._tick()
+                    self.budget.look()
+                    watch.share(self._ticked, len(running))
                 for search in list(running):
                     try:
                         self._pass_on(search)
@@ -263,6 +274,8 @@ class Engine:
                 done = [search for search in running if search.driver.done]
                 running = [search for search in running if not search.driver.done]
                 for search in done:
+                    if allocation is not None:
+                        allocation.end(self._cost(search))
                     result = self._result(search, seed)
                     search.ledger.phases.grading += watch.lap()
                     if search.choice is None:
@@ -283,7 +296,7 @@ class Engine:
         """See that another search can always go on, beside those that run; False where it has to wait for some of them."""
         needs = [one.needs for each in (*(search.prepared for search in running), prepared) for one in each.values()]
         reserved = self.budget.reserve(needs)
-        if not reserved and not running:
+        if not reserved and _all_held(running):
             raise OutOfBlocks("the memory that was granted for keys and values cannot be had any more: lower memory or kv_bytes")
         return reserved
 
@@ -306,12 +319,36 @@ class Engine:
                 assert self.scorer is not None and search.scoring is not None, "stream() refuses a method that lacks its PRM"
                 self.scorer.offer(search.scoring, branch)
             for ask in asks:
-                if ask.draws:
+                if ask.doubt is not None:
+                    search.held, search.cost = ask, self._cost(search)
+                elif ask.draws:
                     self.policy.submit(search.drawing, ask)
                 else:
                     assert self.scorer is not None and search.scoring is not None, "stream() refuses a method that lacks its PRM"
                     self.scorer.submit(search.scoring, ask)
         self.policy.settle(search.drawing)
+
+    def _share_out(self, running: list[_Search], allocation: Allocation) -> None:
+        """One round of a budget: the searches, all of which wait for it, go on with the draws they ask for or end without."""
+        asks = [(search, search.held) for search in running if search.held is not None]
+        standings = [Standing(search.problem.id, ask.doubt or 0.0, ask.draws[0].draw, len(ask.draws), search.cost)
+                     for search, ask in asks]  # fmt: skip
+        granted = allocation.grants(standings)
+        for search, ask in asks:
+            search.held = None
+            if search.problem.id in granted:
+                self.policy.submit(search.drawing, ask)
+            else:
+                search.driver.answer(ask, [])
+
+    def _cost(self, search: _Search) -> Cost:
+        """What the search has asked for by now, see Ledger.asked_flops."""
+        drawn = [search.drawing.steps.drawn_once(), search.drawing.steps.drawn_again()]
+        cost = Cost(sum(work.tokens for work in drawn), sum(self.policy.flops(work) for work in drawn))
+        if self.scorer is not None and search.scoring is not None:
+            read = search.scoring.steps.read_once(self.scorer.spec.read_at)
+            cost = Cost(cost.tokens + read.tokens, cost.flops + self.scorer.flops(read))
+        return cost
 
     def _prepare(self, problem: Problem, method: Method) -> _Prepared:
         """What a search starts from, once it is certain that it can run."""
@@ -370,7 +407,10 @@ class Engine:
         def record(branch: Branch) -> None:
             nodes[branch.identity] = branch
 
-        driver = Driver(method.program(root_branch(prepared.prompt, problem.problem)))
+        def answers(branches: Sequence[Branch]) -> list[str | None]:
+            return read_answers(branches, method.rules.grouping, self.grader)[1]
+
+        driver = Driver(method.program(root_branch(prepared.prompt, problem.problem)), answers)
         drawing = DrawContext(
             driver=driver,
             sampling=Sampling(temperature=method.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p),
@@ -418,6 +458,11 @@ class Engine:
         if self.scorer is not None and search.scoring is not None:
             self.scorer.count(search.scoring)
         search.ledger.seconds = time.perf_counter() - search.started
+
+
+def _all_held(running: Sequence[_Search]) -> bool:
+    """Whether none can go on by itself."""
+    return all(search.held is not None for search in running)
 
 
 def first_split(config: EngineConfig, specs: Sequence[DecoderSpec]) -> list[int]:

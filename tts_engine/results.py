@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from .branch import Branch
 from .ledger import Ledger
+from .search.rules import Grouping
 from .search.voting import all_aggregates
 from .tasks.answers import extract_answer
 from .tasks.grader import Grader
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 class SearchResult:
     """One finished search.
 
-    `answer` is the search's own choice: the last-score vote where a PRM took part, the majority where none did.
+    `answer` is the search's own choice, by its method's `vote`: the last-score vote where a PRM took part, the majority where none
+    did, if it says nothing else.
     `branches[i]` was voted with the extracted answer `answers[i]` in the group `groups[i]` (None: no answer); `aggregates`
     holds what each way of choosing gives. `nodes` is every step drawn, kept or not, in the order they closed. `choice` says how
     the method was chosen where a Chooser did: then nodes and ledger hold what its pilot drew and cost, too.
@@ -74,19 +76,26 @@ class Chooser(Protocol):
         """For run.json: plain JSON that tells this chooser from others."""
 
 
+def read_answers(
+    branches: Sequence[Branch], grouping: Grouping, grader: Grader
+) -> tuple[list[str | None], list[str | None]]:  # fmt: skip
+    """The answer in each trajectory, and the group in which it votes; both are the same whatever trajectories come behind it."""
+    answers = [extract_answer(branch.solution) for branch in branches]
+    return answers, grader.group(answers) if grouping == "canonical" else answers
+
+
 def conclude(
     problem: Problem, choice: Choice, seed: int, branches: list[Branch], nodes: list[Branch], ledger: Ledger, grader: Grader
 ) -> SearchResult:  # fmt: skip
     """The result of a search that returned `branches` and drew `nodes`: answers, groups and every way of choosing among them."""
     method = choice.method
-    answers = [extract_answer(branch.solution) for branch in branches]
-    groups = grader.group(answers) if method.rules.grouping == "canonical" else answers
+    answers, groups = read_answers(branches, method.rules.grouping, grader)
     aggregates = all_aggregates(groups, [branch.scores for branch in branches] if method.uses_prm else None)
     return SearchResult(
         problem=problem,
         method=method,
         seed=seed,
-        answer=aggregates["last_vote" if method.uses_prm else "majority"],
+        answer=aggregates[method.vote],
         aggregates=aggregates,
         branches=branches,
         answers=answers,

@@ -10,11 +10,11 @@ from typing import Any
 
 from .branch import Branch, Finish, root_branch
 from .errors import RunError
+from .results import read_answers
 from .runs import FIELDS, PROBLEMS, SCHEMA_VERSION, as_line, describe_choice, outcome, read_description, read_run
 from .search import Method, make_method, make_rules
 from .search.rules import Grouping
-from .search.voting import all_aggregates
-from .tasks.answers import extract_answer
+from .search.voting import LAST_VOTE, MAJORITY, all_aggregates
 from .tasks.grader import Grader
 
 TEXTS, MAYBE_TEXTS = ("id", "problem"), ("gold", "error")
@@ -58,14 +58,13 @@ def choose(stored: Stored, branches: list[Branch], grader: Grader, grouping: Gro
     """The parts of a record that follow from its voted branches, which are `branches`; nothing for a problem that failed."""
     if stored.record["error"] is not None:
         return {}
-    answers = [extract_answer(branch.solution) for branch in branches]
-    canonical = (grouping or stored.method.rules.grouping) == "canonical"
-    groups = grader.group(answers) if canonical else answers
+    answers, groups = read_answers(branches, grouping or stored.method.rules.grouping, grader)
     scores = [branch.scores for branch in branches]
     read = bool(branches) and all(None not in path for path in scores)
     aggregates = all_aggregates(groups, scores if read else None)
     places = [voted["node"] for voted in stored.record["branches"]]
-    answer = aggregates["last_vote" if read else "majority"]
+    own = stored.method.uses_prm == read  # else a PRM came to it later
+    answer = aggregates[stored.method.vote if own else LAST_VOTE if read else MAJORITY]
     return describe_choice(stored.record["gold"], answer, aggregates, zip(places, answers, groups, strict=True), grader)
 
 

@@ -72,7 +72,7 @@ def play(
 
     `newest_first` answers the asks of a round in reverse, which must change nothing but the order of the records.
     """
-    driver = Driver(program)
+    driver = Driver(program, lambda branches: [branch.text for branch in branches])
     rounds: list[list[Expanded]] = []
     while not driver.done:
         asks = driver.asks()

@@ -28,9 +28,10 @@ def test_importing_the_methods_does_not_import_torch():
 
 
 def test_methods_are_known_by_their_own_names():
-    assert list(METHODS) == ["cot", "majority", "best_of_n", "beam", "dvts", "rebase"]
+    assert list(METHODS) == ["cot", "majority", "best_of_n", "beam", "dvts", "rebase", "adaptive"]
     assert all(method.name == name for name, method in METHODS.items())
-    assert [name for name, method in METHODS.items() if not method.uses_prm] == ["cot", "majority"]
+    assert [method.name for method in every_method() if not method.uses_prm] == ["cot", "majority", "adaptive"]
+    assert all(method.vote == ("last_vote" if method.uses_prm else "majority") for method in every_method())
 
 
 def test_a_method_prints_compares_and_cannot_be_changed():
@@ -51,7 +52,7 @@ def test_temperature_comes_from_the_rules_and_chain_of_thought_is_greedy():
 @pytest.mark.parametrize(
     ("name", "given", "sentence"),
     [
-        ("beams", {}, "no method 'beams'; known: cot, majority, best_of_n, beam, dvts, rebase"),
+        ("beams", {}, "no method 'beams'; known: cot, majority, best_of_n, beam, dvts, rebase, adaptive"),
         ("beam", {"n": 4, "widht": 4}, "beam has no setting 'widht'; known: n, width, rules, max_steps, finished, "),
         ("cot", {"n": 4}, "cot has no setting 'n'; known: max_steps"),
         ("dvts", {}, "dvts needs n"),
@@ -60,6 +61,12 @@ def test_temperature_comes_from_the_rules_and_chain_of_thought_is_greedy():
         ("best_of_n", {"n": True}, "n must be a whole number of at least 1, not True"),
         ("cot", {"max_steps": 0}, "max_steps must be a whole number of at least 1, not 0"),
         ("dvts", {"n": 6}, "n=6 must be a multiple of width=4: survivors are n // width"),
+        ("majority", {"n": 4, "budget": "60s"}, "majority has no setting 'budget'; known: n, rules, max_steps, finished, "),
+        ("adaptive", {"n": 4, "vote": "prm"}, "no vote 'prm'; known: majority, last_max, last_vote, min_max, min_vote, mean_max, "),
+        ("adaptive", {"n": 4, "bound": 1}, "bound must be a number of at least 0 and below 1, not 1"),
+        ("adaptive", {"n": 4, "bound": float("nan")}, "bound must be a number of at least 0 and below 1, not nan"),
+        ("adaptive", {"n": 4, "batch": 0}, "batch must be a whole number of at least 1, not 0"),
+        ("adaptive", {"n": 4, "budget": "60 minutes"}, "budget must be a number above 0 of tokens, flops or s, such as "),
         ("beam", {"n": 4, "rules": "snell"}, "no rules 'snell'; known: paper, reference, sal"),
     ],
 )
@@ -89,7 +96,7 @@ def test_every_method_ends_within_its_budget_under_any_script(seed, n, width, ru
         policy, prm = random_policy(seed, p_finish), random_prm(seed)
         result, rounds = play_method(method, policy, prm)
         drawn = [draw for r in rounds for expanded in r for draw in expanded.draws]
-        assert len(rounds) <= max_steps
+        assert len(rounds) <= (max_steps if method.name != "adaptive" else n)
         assert all(sum(len(expanded.draws) for expanded in r) <= method.n for r in rounds)
         assert not any(draw.branch.finished for draw in drawn)
         assert len({draw.identity for draw in drawn}) == len(drawn)
@@ -109,6 +116,8 @@ def test_how_many_branches_are_voted(seed, n, rules):
         voted = len(play_method(method, random_policy(seed), random_prm(seed))[0])
         if method.name in ("majority", "best_of_n"):
             assert voted == n
+        elif method.name == "adaptive":
+            assert min(n, 4) <= voted <= n
         elif method.name in ("beam", "dvts") and rules == "sal":
             assert voted == n
         elif method.name in ("beam", "dvts") and rules == "reference":

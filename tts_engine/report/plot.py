@@ -6,7 +6,7 @@ from pathlib import Path
 from ..errors import MissingExtra
 from .table import Cell
 
-MARKERS = {"cot": "o", "majority": "s", "best_of_n": "D", "beam": "^", "dvts": "v", "rebase": "P"}
+MARKERS = {"cot": "o", "majority": "s", "best_of_n": "D", "beam": "^", "dvts": "v", "rebase": "P", "adaptive": "X"}
 SMALLEST, GROWTH = 5.5, 3.5  # marker sizes in points: of the smallest n, and more for every n above it
 
 

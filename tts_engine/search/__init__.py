@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields
 from typing import Any, ClassVar, Protocol
 
 from ..branch import Branch
+from .adaptive import Adaptive
 from .beam_search import BeamSearch
 from .best_of_n import BestOfN, Cot, Majority
 from .driver import Ask, Draw, Driver
@@ -21,6 +22,7 @@ __all__ = [
     "PRESETS",
     "REFERENCE",
     "SAL",
+    "Adaptive",
     "Ask",
     "BeamSearch",
     "BestOfN",
@@ -47,6 +49,10 @@ class Method(Protocol):
     def uses_prm(self) -> bool: ...
 
     @property
+    def vote(self) -> str:
+        """Which choice among the branches is the answer, one of voting.CHOICES."""
+
+    @property
     def n(self) -> int: ...
 
     @property
@@ -69,6 +75,7 @@ METHODS: dict[str, type[Any]] = {
     "beam": BeamSearch,
     "dvts": Dvts,
     "rebase": Rebase,
+    "adaptive": Adaptive,
 }
 
 

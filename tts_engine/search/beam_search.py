@@ -10,6 +10,7 @@ from ..branch import Branch
 from .ranking import divide, repeat
 from .requests import Expand, Program, Score
 from .rules import PAPER, Rules, check_settings
+from .voting import LAST_VOTE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +19,7 @@ class BeamSearch:
 
     name: ClassVar[str] = "beam"
     uses_prm: ClassVar[bool] = True
+    vote: ClassVar[str] = LAST_VOTE
     n: int
     width: int = 4
     rules: Rules = PAPER

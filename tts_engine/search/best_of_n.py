@@ -10,6 +10,7 @@ from typing import ClassVar
 from ..branch import Branch
 from .requests import Expand, Outlook, Program, Score
 from .rules import PAPER, Rules, check_settings
+from .voting import LAST_VOTE, MAJORITY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +19,7 @@ class Cot:
 
     name: ClassVar[str] = "cot"
     uses_prm: ClassVar[bool] = False
+    vote: ClassVar[str] = MAJORITY
     n: ClassVar[int] = 1
     rules: ClassVar[Rules] = PAPER
     max_steps: int = 40
@@ -39,6 +41,7 @@ class Majority:
 
     name: ClassVar[str] = "majority"
     uses_prm: ClassVar[bool] = False
+    vote: ClassVar[str] = MAJORITY
     n: int
     rules: Rules = PAPER
     max_steps: int = 40
@@ -60,6 +63,7 @@ class BestOfN:
 
     name: ClassVar[str] = "best_of_n"
     uses_prm: ClassVar[bool] = True
+    vote: ClassVar[str] = LAST_VOTE
     n: int
     rules: Rules = PAPER
     max_steps: int = 40

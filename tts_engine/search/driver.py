@@ -4,12 +4,12 @@ Numbers the draws (rule 6 of the house); knows nothing of batches, models or oth
 only on its parent, lane and number, never on the order in which asks are answered.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..branch import Branch, Lane, child_identity
-from .requests import Expand, Join, Outlook, Program, Score
+from .requests import Answers, Expand, Join, Outlook, Program, Score
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,11 +57,15 @@ class Round:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ask:
-    """A program waits for this: draws to be made, or branches to be scored. Exactly one of the two is not empty."""
+    """A program waits for this: draws to be made, or branches to be scored. Exactly one of the two is not empty.
+
+    Draws with a `doubt` may be refused: then the answer is empty.
+    """
 
     draws: tuple[Draw, ...] = ()
     branches: tuple[Branch, ...] = ()
     round: Round | None = None  # of the draws
+    doubt: float | None = None
 
     @property
     def kind(self) -> Literal["expand", "score"]:
@@ -91,9 +95,12 @@ class Driver:
             for ask in driver.asks():
                 driver.answer(ask, draw(ask.draws) if ask.kind == "expand" else score(ask.branches))
         driver.result  # the branches to vote on
+
+    answers: what trajectories answer, for programs that ask.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, answers: Callable[[Sequence[Branch]], Sequence[Hashable]] | None = None) -> None:
+        self._answers = answers
         self._drawn: dict[tuple[int, Lane], int] = {}  # draws taken, by parent and lane
         self._new: list[Ask] = []
         self._arrived: list[Branch] = []
@@ -131,7 +138,8 @@ class Driver:
                 self._arrived.append(step)
 
     def answer(self, ask: Ask, branches: Sequence[Branch]) -> None:
-        """Let the program that waits for `ask` go on: one branch per draw, or per branch to be scored, in the same order."""
+        """Let the program that waits for `ask` go on: one branch per draw, or per branch to be scored, in the same order; none
+        where its draws are refused."""
         assert ask in self._waiting, "this ask is not waiting: answered before, or another driver's, or this driver is closed"
         _check_answer(ask, branches)
         self._advance(self._waiting.pop(ask), list(branches))
@@ -170,14 +178,17 @@ class Driver:
             else:
                 ready += self._requested(run, request)
 
-    def _requested(self, run: _Run, request: Expand | Score | Join) -> list[tuple[_Run, list[Any] | None]]:
+    def _requested(self, run: _Run, request: Expand | Score | Answers | Join) -> list[tuple[_Run, list[Any] | None]]:
         """Note what `run` asks; returns who can go on at once, last first."""
         if isinstance(request, Join):
             programs = request.programs
             run.results, run.missing = [None] * len(programs), len(programs)
             subs = [self._opened(p, (*run.lane, j), run, j) for j, p in enumerate(programs)]
             return [(sub, None) for sub in reversed(subs)] or [(run, [])]
-        assert isinstance(request, Expand | Score), f"a program may ask Expand, Score or Join, not {request!r}"
+        if isinstance(request, Answers):
+            assert self._answers is not None, "this program votes as it goes: its driver must know answers"
+            return [(run, list(self._answers(request.branches)))]
+        assert isinstance(request, Expand | Score), f"a program may ask Expand, Score, Answers or Join, not {request!r}"
         if not request.branches:
             return [(run, [])]
         if isinstance(request, Expand):
@@ -185,7 +196,7 @@ class Driver:
             self._end_round(run)
             if request.outlook is not None:
                 run.round = Round(request.outlook, run.lane, len(draws))
-            ask = Ask(draws=draws, round=run.round)
+            ask = Ask(draws=draws, round=run.round, doubt=request.doubt)
         else:
             ask = Ask(branches=tuple(request.branches))
         self._new.append(ask)
@@ -235,6 +246,8 @@ class Answer:
 
 def _check_answer(ask: Ask, branches: Sequence[Branch]) -> None:
     asked: Sequence[Draw | Branch] = ask.draws or ask.branches
+    if ask.doubt is not None and not branches:
+        return
     assert len(branches) == len(asked), f"an ask of {len(asked)} was answered with {len(branches)} branches"
     for wanted, branch in zip(asked, branches, strict=True):
         if isinstance(wanted, Branch):

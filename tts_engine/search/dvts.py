@@ -12,6 +12,7 @@ from .beam_search import BeamSearch
 from .ranking import top
 from .requests import Expand, Join, Program, Score
 from .rules import PAPER, Rules, check_settings
+from .voting import LAST_VOTE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,7 @@ class Dvts:
 
     name: ClassVar[str] = "dvts"
     uses_prm: ClassVar[bool] = True
+    vote: ClassVar[str] = LAST_VOTE
     n: int
     width: int = 4
     rules: Rules = PAPER

@@ -12,6 +12,7 @@ from ..branch import Branch
 from .ranking import aggregate, divide, repeat
 from .requests import Expand, Program, Score
 from .rules import PAPER, MethodError, Rules, check_settings
+from .voting import LAST_VOTE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,7 @@ class Rebase:
 
     name: ClassVar[str] = "rebase"
     uses_prm: ClassVar[bool] = True
+    vote: ClassVar[str] = LAST_VOTE
     n: int
     balance: float = 0.1
     rules: Rules = PAPER

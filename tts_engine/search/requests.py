@@ -26,16 +26,27 @@ class Expand:
 
     A branch may be listed several times: each entry is its parent's next draw in this lane. With `to_end` the child is
     the end of a whole trajectory (every step in between is on its path).
+
+    With a `doubt` the draws are more than the search needs, and the answer may be no child at all: where searches share a budget
+    it goes to those of greater doubt, see allocation.py.
     """
 
     branches: list[Branch]
     to_end: bool = False
     outlook: Outlook | None = None
+    doubt: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
     """Have the PRM read these branches; answered by equal branches, same order, in which every step carries its score."""
+
+    branches: list[Branch]
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What these trajectories answer, told at once: equal answers as equal values, None for none, as they will be voted."""
 
     branches: list[Branch]
 
@@ -47,4 +58,4 @@ class Join:
     programs: list["Program"]
 
 
-Program = Generator[Expand | Score | Join, list, list[Branch]]
+Program = Generator[Expand | Score | Answers | Join, list, list[Branch]]

@@ -11,6 +11,9 @@ from typing import TypeVar
 
 from .ranking import AGGREGATES, aggregate
 
+MAJORITY, LAST_VOTE = "majority", "last_vote"
+CHOICES = (MAJORITY, *(f"{by}_{how}" for by in AGGREGATES for how in ("max", "vote")))
+
 A = TypeVar("A", bound=Hashable)
 
 
@@ -34,11 +37,11 @@ def best(answers: Sequence[A | None], weights: Sequence[float]) -> A | None:
 
 
 def all_aggregates(answers: Sequence[A | None], scores: Sequence[tuple[float | None, ...]] | None) -> dict[str, A | None]:
-    """Every way to choose at once: "majority", and with step scores also "{last,min,mean}_{max,vote}".
+    """Every way to choose at once, one of CHOICES each; without step scores "majority" alone.
 
     answers[i] and scores[i] (one number a step) belong to trajectory i. `scores` is None where no PRM took part.
     """
-    outcomes = {"majority": majority(answers)}
+    outcomes = {MAJORITY: majority(answers)}
     if scores is None:
         return outcomes
     for by in AGGREGATES:

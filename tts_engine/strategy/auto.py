@@ -38,6 +38,10 @@ class Pilot:
         return self.draws.uses_prm
 
     @property
+    def vote(self) -> str:
+        return self.draws.vote
+
+    @property
     def n(self) -> int:
         return self.draws.n
 

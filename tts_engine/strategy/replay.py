@@ -1,8 +1,9 @@
 """Smaller budgets from larger runs, where that is exact: the smaller search runs anew, each of its draws looked up by its identity.
 
 A draw's identity is its parent, lane and number, whatever n is (rule 6 of the house), so the first draws of best-of-N and of a
-majority, and the first subtrees of DVTS, are those of a smaller n. Beam search is never replayed: whom it keeps depends on all n
-candidates, so a narrower beam draws behind other parents, and where it happens not to, that is a choice of easy problems.
+majority, and the first subtrees of DVTS, are those of a smaller n; an adaptive vote is one of the first draws, too. Beam search is
+never replayed: whom it keeps depends on all n candidates, so a narrower beam draws behind other parents, and where it happens not
+to, that is a choice of easy problems.
 """
 
 from collections.abc import Sequence
@@ -13,13 +14,15 @@ from ..engine import Engine
 from ..ledger import DistinctSteps, Ledger, PolicyLedger, PRMLedger
 from ..policy import Policy
 from ..prm.scorer import Scorer
-from ..results import Choice, SearchResult, conclude
-from ..search import Driver, Method
+from ..results import Choice, SearchResult, conclude, read_answers
+from ..search import Adaptive, Driver, Method
 from ..search.driver import Draw
 from ..tasks.problems import Problem
 from . import StrategyError
 
-SOURCES = {"majority": ("majority", "best_of_n"), "best_of_n": ("best_of_n",), "dvts": ("dvts",)}  # what each is replayed from
+# What each is replayed from.
+SOURCES = {"majority": ("majority", "best_of_n"), "best_of_n": ("best_of_n",), "dvts": ("dvts",),
+           "adaptive": ("majority", "best_of_n")}  # fmt: skip
 
 
 def refuse_unless_exact(made: Method, method: Method, *, rescored: bool = False) -> None:
@@ -32,6 +35,10 @@ def refuse_unless_exact(made: Method, method: Method, *, rescored: bool = False)
         raise StrategyError(f"{method.name} cannot be replayed from a run of {made.name}, only of {known}")
     if rescored and method.name == "dvts":
         raise StrategyError("dvts cannot be replayed from a rescored run: its subtrees were grown by another PRM's scores")
+    if isinstance(method, Adaptive) and method.budget is not None:
+        raise StrategyError("adaptive with a budget cannot be replayed by itself: what one problem is given depends on others")
+    if method.uses_prm and not made.uses_prm:
+        raise StrategyError(f"{method.name} by {method.vote} cannot be replayed from a run of {made.name}, which scored nothing")
     if method.n > made.n:
         raise StrategyError(f"{method.name} n={method.n} cannot be replayed from n={made.n}: only a smaller budget can")
     for setting in ("width", "rules", "max_steps"):
@@ -54,7 +61,7 @@ def replay(
     if not nodes:
         raise StrategyError(f"{what}: it could not be searched")
     known = {node.identity: node for node in nodes}
-    driver = Driver(method.program(nodes[0].path[0]))
+    driver = Driver(method.program(nodes[0].path[0]), lambda found: read_answers(found, method.rules.grouping, engine.grader)[1])
     drawn: dict[int, Branch] = {}
     scored: dict[int, Branch] = {}
 
