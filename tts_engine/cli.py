@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from itertools import islice
@@ -216,6 +217,17 @@ def make_parser() -> Parser:
     text = "for the figures (default: diagnostics.json in a run whose own scores are told of, else none)"
     diagnose.add_argument("-o", "--out", type=Path, metavar="FILE", help=text)
     add_engine_options(diagnose.add_argument_group("engine, beside --prm"), READING_OPTIONS)
+
+    report = verb("report", run_report, "compare runs of the same problems: tables, PNGs and one HTML page that holds them all",
+                  json_last)  # fmt: skip
+    report.add_argument("directories", type=Path, nargs="+", metavar="RUN", help="as eval, rescore or sweep wrote it")
+    report.add_argument("-o", "--out", type=Path, metavar="DIR", help="for report.html and PNGs (default runs/report-TIME)")
+    text = (
+        "a majority or best_of_n run of the same problems with another seed, whose share of right answers says how hard they are; "
+    )
+    report.add_argument("--difficulty", type=Path, action="append", default=[], metavar="DIR2", help=f"{text}one a policy")
+    text = "as diagnose wrote it; those in the runs are shown anyway"
+    report.add_argument("--diagnostics", type=Path, action="append", default=[], metavar="FILE", help=text)
 
     convert = verb("convert", run_convert, "write pytorch_model.bin, in one file or shards, anew as safetensors", json_last)
     convert.add_argument("source", type=Path, metavar="SRC", help="a checkpoint's directory; it is not changed")
@@ -504,6 +516,28 @@ def run_diagnose(args: argparse.Namespace) -> int:
         screen.print(f"in {out}", markup=False, highlight=False)
     if args.json:
         print(json.dumps(asdict(found) | {"out": str(out) if out is not None else None}))
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from .gather import diagnosed, gather
+    from .report.comparison import as_dict
+    from .report.page import make_report, write_report
+    from .report.sheets import SPARED, show
+
+    out = args.out or Path("runs") / time.strftime("report-%Y%m%d-%H%M%S")
+    study = gather(args.directories, args.difficulty)
+    report = make_report(study, diagnosed(args.directories, args.diagnostics))
+    screen = console()
+    for sheet in report.sheets:
+        if sheet.name not in SPARED:
+            show(sheet, screen)
+    file = write_report(report, out)
+    for note in study.notes:
+        print(one_line(note), file=sys.stderr)
+    screen.print(f"\nin {file}", markup=False, highlight=False, soft_wrap=True)
+    if args.json:
+        print(json.dumps(as_dict(study) | {"out": str(out)}))
     return 0
 
 
