@@ -32,10 +32,14 @@ def read_sweep_description(directory: Path) -> dict[str, Any]:
     return description
 
 
-def read_sweep(directory: Path) -> list[Path]:
-    """The run directories of a sweep's cells, in their order; those that were not begun yet are left out. Raises RunError."""
+def read_sweep(directory: Path, *, pilots: bool = False) -> list[Path]:
+    """The run directories of a sweep's cells, in the order in which they are made; those that were not begun yet are left out.
+
+    pilots: instead those that tell how hard the problems are; they draw with another seed and are no results. Raises RunError.
+    """
     try:
-        directories = [Path(directory) / cell["directory"] for cell in read_sweep_description(directory)["cells"]]
+        cells = [cell for cell in read_sweep_description(directory)["cells"] if bool(cell["pilot"]) == pilots]
+        directories = [Path(directory) / cell["directory"] for cell in cells]
     except (KeyError, TypeError) as error:
         raise RunError(f"{Path(directory) / SWEEP} does not say which cells the sweep has") from error
     return [run for run in directories if run.is_dir()]

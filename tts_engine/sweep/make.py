@@ -26,6 +26,7 @@ from typing import Any, Self
 from ..embedded import NAMES, model_path
 from ..engine import Engine
 from ..errors import EngineError, RunError
+from ..ledger import Phases
 from ..models.weights import resolve_checkpoint
 from ..report import table
 from ..report.progress import Progress
@@ -104,7 +105,8 @@ class Sweep:
         self._loaded: tuple[str, str | None] | None = None
         description = json.loads(json.dumps(self._describe()))  # as it will be read
         if is_sweep(self.directory):
-            refuse_unless_same(self.directory, read_sweep_description(self.directory), description)
+            made = read_sweep_description(self.directory) | {"cells": description["cells"]}  # they follow from the rest
+            refuse_unless_same(self.directory, made, description)
             return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -259,7 +261,11 @@ def _record(tree: Stored, problem: Problem, method: Method, cell: Cell, engine: 
         except EngineError as error:
             return describe_failure(problem, method, cell.seed, error)
         result = rescored(tree, problem, method, most, seed=cell.seed, engine=engine)
-    return describe_result(result, engine.grader) if result is not None else None
+    if result is None:
+        return None
+    made = describe_result(result, engine.grader)
+    made["ledger"]["phases"] = asdict(Phases())  # grading it is no time of a search either
+    return made
 
 
 def rescored(tree: Stored, problem: Problem, method: Method, most: int, *, seed: int, engine: Engine) -> SearchResult | None:

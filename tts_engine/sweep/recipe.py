@@ -227,7 +227,7 @@ def _engine_settings(given: Mapping[str, Any]) -> dict[str, Any]:
                 value = read_bytes(value)
             except ValueError:
                 raise StrategyError(f"engine.kv_bytes is {value!r:.40}, not a number of bytes such as 512M or 4G") from None
-        kind = type(value) if name == "memory" and isinstance(value, int | str) else hints[name]
+        kind = hints[name] if name != "memory" else int if isinstance(value, int) else str
         settings[name] = build(value, kind, f"engine.{name}")
     return settings
 
