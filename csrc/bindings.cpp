@@ -151,12 +151,21 @@ py::tuple draws(const Rows& rows, int32_t sampling, const Array<int64_t>& source
   return py::make_tuple(copied(found.rows), copied(found.sources), keys, copied(found.identities), copied(found.positions));
 }
 
-std::vector<std::pair<int64_t, int32_t>> append(Rows& rows, const Array<int64_t>& tokens, const std::optional<Array<uint8_t>>& after,
-                                                const Array<bool>& eos, int32_t closed) {
+py::tuple append(Rows& rows, const Array<int64_t>& tokens, const std::optional<Array<uint8_t>>& after, const Array<bool>& eos,
+                 int32_t closed, KVTree& tree) {
   const py::ssize_t vocab = eos.size();
   if (after && (after->ndim() != 2 || after->shape(1) != vocab)) throw std::invalid_argument("after must be [states, vocabulary]");
   const tts::Rule rule{after ? after->data() : nullptr, column("eos", eos, vocab), after ? after->shape(0) : 0, vocab, closed};
-  return rows.append(column("tokens", tokens, tokens.size()), tokens.size(), rule);
+  const tts::Change change = rows.append(column("tokens", tokens, tokens.size()), tokens.size(), rule, tree);
+  py::list parted;
+  for (const auto& [place, lease, first] : change.parted) parted.append(py::make_tuple(place, lease, first));
+  return py::make_tuple(change.left, parted, table(change.copies));
+}
+
+py::tuple fork_lease(KVTree& tree, int64_t lease) {
+  std::vector<tts::Move> copies;
+  const int64_t forked = tree.fork(lease, copies);
+  return py::make_tuple(forked, table(copies));
 }
 
 template <class T>
@@ -265,6 +274,7 @@ PYBIND11_MODULE(_C, module) {
       .def("extend_many", extend_many, py::arg("leases").noconvert(), py::arg("num_tokens"))
       .def("seal", &KVTree::seal, py::arg("lease"), py::arg("tokens"), py::arg("computed"))
       .def("keep", &KVTree::keep, py::arg("lease"), py::arg("tokens"), py::arg("computed"))
+      .def("fork", fork_lease, py::arg("lease"))
       .def("release", &KVTree::release, py::arg("lease"))
       .def("lease_start", &KVTree::lease_start, py::arg("lease"))
       .def("available", &KVTree::available)
@@ -339,7 +349,8 @@ PYBIND11_MODULE(_C, module) {
       .def("follow", follow, py::arg("runs"), py::arg("sources"), py::arg("num_rows"))
       .def("draws", draws, py::arg("sampling"), py::arg("sources").noconvert())
       .def("append", append, py::arg("tokens").noconvert(), py::arg("after").noconvert(), py::arg("eos").noconvert(),
-           py::arg("closed"));
+           py::arg("closed"), py::arg("tree"))
+      .def("leases", [](const Rows& rows, size_t num_rows) { return copied(rows.leases(num_rows)); }, py::arg("num_rows"));
 
   module.def("instruction_sets", &tts::instruction_sets);
   module.def("tree_attention", tree_attention, py::arg("plan"), py::arg("q"), py::arg("q_stride"), py::arg("k"), py::arg("v"),

@@ -215,6 +215,18 @@ int64_t KVTree::keep(int64_t handle, const Tokens& tokens, int64_t computed) {
   return node;
 }
 
+int64_t KVTree::fork(int64_t handle, std::vector<Move>& copies) {
+  const int64_t parent = leases_[leases_.checked(handle)].parent, num_tokens = leases_[handle].num_tokens;
+  const int64_t forked = lease(parent);
+  if (!extend(forked, num_tokens)) {
+    release(forked);
+    return kNone;
+  }
+  const Blocks &from = leases_[handle].blocks, &to = leases_[forked].blocks;
+  for (size_t i = 0; i < to.size(); ++i) copies.push_back({from[i], to[i]});
+  return forked;
+}
+
 void KVTree::release(int64_t handle) {
   Lease& lease = leases_[leases_.checked(handle)];
   filling_ -= static_cast<int64_t>(lease.blocks.size());

@@ -139,6 +139,7 @@ class KVTree {
   size_t extend_many(const int64_t* leases, size_t num_leases, int64_t num_tokens);  // how many leading ones it reached
   int64_t seal(int64_t lease, const Tokens& tokens, int64_t computed);
   int64_t keep(int64_t lease, const Tokens& tokens, int64_t computed);  // sealed, held by nobody; kNone, released, if it does not fit
+  int64_t fork(int64_t lease, std::vector<Move>& copies);  // another step that began alike; kNone, nothing changed, if it does not fit
   void release(int64_t lease);
   int64_t lease_start(int64_t lease) const { return nodes_[leases_[leases_.checked(lease)].parent].path_end; }
 

@@ -38,8 +38,13 @@ std::pair<Columns, Reads> Rows::follow(const std::vector<Run>& runs, const std::
   for (const auto& [handle, is_lease, start, path_start, tokens] : runs)
     add(handle, is_lease, start, path_start, tokens.data(), tokens.size());
   for (int64_t run : read) reads.tokens.push_back(ends[run]);
+  const std::vector<int32_t> first = firsts(num_rows);
   for (size_t i = 0; i < num_rows; ++i) {
     const Row& row = records_[i];
+    if (first[i] < static_cast<int32_t>(i)) {
+      reads.sources.push_back(reads.sources[first[i]]);
+      continue;
+    }
     add(row.lease, true, row.length - 1, row.path_start, &row.newest, 1);
     reads.sources.push_back(static_cast<int64_t>(reads.tokens.size()));
     reads.tokens.push_back(ends.back());
@@ -63,25 +68,86 @@ Draws Rows::draws(int32_t sampling, const int64_t* sources, size_t num_rows) con
   return found;
 }
 
-std::vector<std::pair<int64_t, int32_t>> Rows::append(const int64_t* tokens, size_t num_rows, const Rule& rule) {
+Change Rows::append(const int64_t* tokens, size_t num_rows, const Rule& rule, KVTree& tree) {
   refuse_unless_there(num_rows, records_);
   for (size_t i = 0; i < num_rows; ++i)
     if (tokens[i] < 0 || tokens[i] >= rule.vocab || (rule.after && (records_[i].state < 0 || records_[i].state >= rule.states)))
       throw std::invalid_argument("the step rule knows no such token or state");
-  std::vector<std::pair<int64_t, int32_t>> left;
-  size_t next = 0;
+  const std::vector<int32_t> first = firsts(num_rows);
+  std::vector<int32_t> why(num_rows), heads, next(num_rows, -1), last(num_rows);
   for (size_t i = 0; i < num_rows; ++i) {
-    Row row = records_[i];
+    Row& row = records_[i];
     row.newest = tokens[i];
     row.state = rule.after ? rule.after[row.state * rule.vocab + tokens[i]] : std::max(row.state - 1, rule.closed);
     ++row.length;
-    const int32_t why = rule.eos[tokens[i]] * kEnded + (row.state == rule.closed) * kClosed + (row.length >= row.room) * kCut;
-    if (why)
-      left.emplace_back(static_cast<int64_t>(i), why);
-    else
-      records_[next++] = row;
+    why[i] = rule.eos[tokens[i]] * kEnded + (row.state == rule.closed) * kClosed + (row.length >= row.room) * kCut;
+    const int32_t head = first[i], place = static_cast<int32_t>(i);
+    if (head != place) {
+      if (next[head] < 0) heads.push_back(head), last[head] = head;
+      next[last[head]] = place, last[head] = place;
+    }
   }
-  return left;
+  Change change;
+  std::vector<int32_t> members;
+  for (int32_t head : heads) {
+    members.clear();
+    for (int32_t i = head; i >= 0; i = next[i]) members.push_back(i);
+    part(members, why, tree, change);
+  }
+  size_t stays = 0;
+  for (size_t i = 0; i < num_rows; ++i) {
+    if (why[i])
+      change.left.emplace_back(static_cast<int64_t>(i), why[i]);
+    else
+      records_[stays++] = records_[i];
+  }
+  return change;
+}
+
+void Rows::part(std::vector<int32_t>& members, const std::vector<int32_t>& why, KVTree& tree, Change& change) {
+  const auto alike = [&](int32_t a, int32_t b) { return records_[a].newest == records_[b].newest && why[a] == why[b]; };
+  const int64_t lease = records_[members.front()].lease;
+  const int32_t foremost = members.front();
+  const auto needs_it = std::find_if(members.begin(), members.end(), [&](int32_t i) { return !(why[i] & kEnded); });
+  int32_t head = needs_it == members.end() ? members.front() : *needs_it;
+  int64_t own = lease;
+  for (bool keeps = true; !members.empty(); keeps = false) {
+    if (!keeps) {
+      head = members.front();
+      own = why[head] & kEnded ? kNone : tree.fork(lease, change.copies);
+    }
+    size_t rest = 0;
+    for (int32_t i : members) {
+      if (!alike(i, head)) {
+        members[rest++] = i;
+        continue;
+      }
+      if (!keeps || (i == head && head != foremost)) change.parted.push_back({i, own, i == head});
+      records_[i].lease = own;
+    }
+    members.resize(rest);
+  }
+}
+
+std::vector<int64_t> Rows::leases(size_t num_rows) const {
+  refuse_unless_there(num_rows, records_);
+  const std::vector<int32_t> first = firsts(num_rows);
+  std::vector<int64_t> found;
+  for (size_t i = 0; i < num_rows; ++i)
+    if (first[i] == static_cast<int32_t>(i)) found.push_back(records_[i].lease);
+  return found;
+}
+
+std::vector<int32_t> Rows::firsts(size_t num_rows) const {
+  std::vector<std::pair<int64_t, int32_t>> by_lease(num_rows);
+  for (size_t i = 0; i < num_rows; ++i) by_lease[i] = {records_[i].lease, static_cast<int32_t>(i)};
+  std::sort(by_lease.begin(), by_lease.end());
+  std::vector<int32_t> first(num_rows);
+  for (size_t i = 0; i < num_rows; ++i) {
+    const auto [lease, place] = by_lease[i];
+    first[place] = i && by_lease[i - 1].first == lease ? first[by_lease[i - 1].second] : place;
+  }
+  return first;
 }
 
 }  // namespace tts

@@ -1,4 +1,5 @@
 // The rows of a batch that decode: a record of each, oldest first, and what a tick does to all of them. No tensors, no Python.
+// Rows with equal tokens so far may share a lease: they are read once, and part as soon as they differ.
 #pragma once
 
 #include <cstddef>
@@ -6,6 +7,8 @@
 #include <tuple>
 #include <utility>
 #include <vector>
+
+#include "kv_tree.h"
 
 namespace tts {
 
@@ -48,6 +51,19 @@ struct Reads {
   std::vector<int64_t> tokens, sources;
 };
 
+// A row whose lease is another from here on, or that is the first under its lease from here on.
+struct Parted {
+  int64_t place, lease;
+  bool first;
+};
+
+// What a token of every row changed.
+struct Change {
+  std::vector<std::pair<int64_t, int32_t>> left;  // places, as they were, of those that left, and why
+  std::vector<Parted> parted;                     // places as they were
+  std::vector<Move> copies;                       // blocks whose contents those that parted need too
+};
+
 // What next tokens are drawn with, draw by draw.
 struct Draws {
   std::vector<int64_t> rows, sources;
@@ -64,17 +80,27 @@ class Rows {
 
   void add(size_t place, const Row& row);
 
-  // The runs, and behind them the newest token of each of the first `num_rows`. The rows behind those draw from what is read behind
-  // the runs `sources`.
+  // The runs, and behind them the newest token of each of the first `num_rows`, of those under one lease once. The rows behind
+  // those draw from what is read behind the runs `sources`.
   std::pair<Columns, Reads> follow(const std::vector<Run>& runs, const std::vector<int64_t>& sources, size_t num_rows) const;
 
   // Those of the rows that have this sampling; sources as Reads has them, one for each row.
   Draws draws(int32_t sampling, const int64_t* sources, size_t num_rows) const;
 
-  // Every row takes a token. Those that end with it leave, the others move together: the places of those that left, and why.
-  std::vector<std::pair<int64_t, int32_t>> append(const int64_t* tokens, size_t num_rows, const Rule& rule);
+  // Every row takes a token. Those under one lease whose tokens differ now part: one of them keeps it, an equal of it with it, and
+  // others fork it; kNone where there is no room for that, or where the row ended and needs none. Those that end leave, and the
+  // others move together.
+  Change append(const int64_t* tokens, size_t num_rows, const Rule& rule, KVTree& tree);
+
+  // Those of the first `num_rows`, each once, in the order of their first rows.
+  std::vector<int64_t> leases(size_t num_rows) const;
 
  private:
+  // For each row the first one under its lease.
+  std::vector<int32_t> firsts(size_t num_rows) const;
+  // Of rows under one lease those that differ part.
+  void part(std::vector<int32_t>& members, const std::vector<int32_t>& why, KVTree& tree, Change& change);
+
   std::vector<Row> records_;
 };
 

@@ -180,8 +180,10 @@ def test_pools_of_another_size_after_every_tick_change_no_bit(models, alone, met
 
 
 @by_name
-def test_few_rows_change_no_bit(models, alone, method):
-    out = load(models, deterministic=True, max_rows=3).search(PROBLEMS[:2][::-1], method, seed=3)[1]
+@pytest.mark.parametrize("rows", [1, 3])
+def test_few_rows_change_no_bit(models, alone, method, rows):
+    """One at a time no two draws are read together."""
+    out = load(models, deterministic=True, max_rows=rows).search(PROBLEMS[:2][::-1], method, seed=3)[1]
     assert essence(out) == essence(alone[method])
 
 
@@ -552,19 +554,26 @@ def test_the_default_settings_are_valid_and_frozen():
 # What is counted.
 
 
+def begun(nodes):
+    """Tokens that were read while steps were drawn: of each all but the last, and of those that begin alike that once."""
+    paths = [tuple(step.tokens for step in node.path) for node in nodes]
+    return len({(*path[:-1], path[-1][:count]) for path in paths for count in range(1, len(path[-1]))})
+
+
 def test_a_prompt_and_every_distinct_token_are_computed_once(models):
-    """Best-of-16: the prompt once; each step but a trajectory's last in full, of the last all but its last token. PRM: all once."""
+    """Best-of-16: the prompt once; each step but a trajectory's last in full, of the last all but its last token; and where steps
+    begin alike, that once. PRM: all once."""
     engine = load(models)
     (result,) = engine.search(PROBLEMS[0], make_method("best_of_n", n=16, max_steps=5), seed=1)
     nodes, ledger, prompt = result.nodes, result.ledger, len(result.branches[0].path[0].tokens)
     paths = {tuple(step.tokens for step in node.path): node for node in nodes}
     assert len(paths) == len(nodes)  # no two draws came out equal
     assert ledger.policy.tokens_generated == sum(len(node.tokens) for node in nodes)
-    assert ledger.policy.tokens_computed == prompt + sum(len(node.tokens) - node.finished for node in nodes)
+    drawn = begun(nodes) + sum(not node.finished for node in nodes)
+    assert ledger.policy.tokens_computed == prompt + drawn < prompt + sum(len(node.tokens) - node.finished for node in nodes)
     assert ledger.policy.tokens_recomputed == ledger.prm.tokens_recomputed == 0
     assert ledger.policy.tokens_unshared == sum(prompt + branch.num_tokens for branch in result.branches)
-    # The first draws share the prompt's logits; every other draw has a row of its own.
-    assert ledger.policy.head_flops == 2 * 60 * 32 * (ledger.policy.tokens_generated - 15)
+    assert ledger.policy.head_flops == 2 * 60 * 32 * (1 + drawn)
 
     spec = engine.scorer.spec
     opening = len(spec.opening(PROBLEMS[0].problem))
@@ -579,7 +588,7 @@ def test_a_step_shared_by_children_is_computed_once_in_beam_search(models):
     (result,) = engine.search(PROBLEMS[0], STEP_METHODS[1], seed=3)
     nodes, prompt = result.nodes, len(result.branches[0].path[0].tokens)
     expanded = {node.parent.identity for node in nodes}
-    computed = prompt + sum(len(node.tokens) - (node.identity not in expanded) for node in nodes)
+    computed = prompt + begun(nodes) + len(expanded) - 1
     assert max(Counter(node.parent.identity for node in nodes if node.depth > 1).values()) >= 4
     assert result.ledger.policy.tokens_computed == computed
     leaves = [node for node in nodes if node.identity not in expanded]

@@ -68,18 +68,22 @@ def test_one_trajectory_costs_every_token_but_its_last_and_a_head_for_each_drawn
     assert ledger.ideal_flops == ledger.useful_flops == ledger.flops and wasted(ledger)
 
 
-def test_two_trajectories_share_the_prompt_and_the_logits_behind_it():
-    """The steps are equal too: each draws its own, and what they read together (the blank line) is read once."""
-    ledger = draw_all(chain_policy(PIECES, ends=[END]), Majority(n=2).program(root_branch(PROMPT)), 5).ledger
-    assert (ledger.tokens_generated, ledger.tokens_computed) == (14, 5 + 2 * 3 + 1 + 2 * 2)
-    behind_prompt = 6 + 7 + 8
-    assert flops(ledger) == (
-        16 * PER_TOKEN - 4 * UNREAD,
-        (triangle(5) + 2 * behind_prompt + 9 + 2 * (10 + 11)) * PER_PAIR - triangle(4) * PER_PAIR // 3,
-        (1 + 2 * 3 + 1 + 2 * 2) * HEAD,
-    )
-    assert wasted(ledger, duplicates=drawn_at(6, 7, 8, 10, 11))
-    assert ledger.ideal_flops == ledger.useful_flops == written_at(1, 2, 3, 4) + drawn_at(5, 6, 7, 8, 9, 10, 11)
+def test_trajectories_that_come_out_equal_cost_as_much_as_one():
+    one, three = (draw_all(chain_policy(PIECES, ends=[END]), Majority(n=n).program(root_branch(PROMPT)), 5).ledger for n in (1, 3))
+    assert (three.tokens_generated, three.tokens_computed) == (3 * 7, one.tokens_computed) == (21, 5 + 3 + 1 + 2)
+    assert flops(three) == flops(one) and wasted(three)
+    assert three.ideal_flops == three.useful_flops == written_at(1, 2, 3, 4) + drawn_at(5, 6, 7, 8, 9, 10, 11)
+
+
+def test_trajectories_share_what_they_begin_with():
+    out = draw_all(wandering_policy(60, 8), Majority(n=6).program(root_branch(PROMPT)), 5, temperature=1.0, max_steps=1,
+                   max_step_tokens=6)  # fmt: skip
+    steps = [node.tokens for node in out.nodes]
+    begun = {tokens[:count] for tokens in steps for count in range(1, len(tokens))}
+    assert 0 < len(begun) < len({(tokens, count) for tokens in set(steps) for count in range(1, len(tokens))})
+    assert out.ledger.tokens_computed == 5 + len(begun)
+    assert out.ledger.head_flops == (1 + len(begun)) * HEAD
+    assert wasted(out.ledger) and out.ledger.found_flops == 0
 
 
 def test_children_of_one_step_read_its_last_token_once():
@@ -88,9 +92,9 @@ def test_children_of_one_step_read_its_last_token_once():
         return (yield Expand([step] * 3))
 
     ledger = draw_all(chain_policy(PIECES, ends=[END]), program(root_branch(PROMPT)), 5).ledger
-    assert ledger.tokens_computed == 5 + 4 + 3 * 2
-    assert ledger.head_flops == (1 + 3 + 1 + 3 * 2) * HEAD
-    assert wasted(ledger, duplicates=2 * drawn_at(10, 11)) and ledger.found_flops == 0
+    assert ledger.tokens_computed == 5 + 4 + 2
+    assert ledger.head_flops == (1 + 3 + 1 + 2) * HEAD
+    assert wasted(ledger) and ledger.found_flops == 0
 
 
 def test_forgotten_tokens_are_counted_again_and_named_recomputed():
@@ -127,17 +131,29 @@ def test_a_token_behind_which_more_is_drawn_later_is_read_again(forgotten):
     assert ledger.tokens_recomputed == 5 * forgotten
 
 
+class Forking(ChainDecoder):
+    """Behind token 0 come 1 and 2, as likely."""
+
+    def logits(self, hidden):
+        logits = super().logits(hidden)
+        logits[hidden == 0, 1:3] = 1000.0
+        return logits
+
+
 def test_a_preempted_draw_pays_for_its_tokens_again_and_for_each_head_once():
-    pieces = [b"?", *[b"a"] * 11, b""]
-    policy = chain_policy(pieces, ends=[12], num_blocks=1 + 2 * 2, block_size=4)
-    ledger = draw_all(policy, Majority(n=2).program(root_branch([0])), 1).ledger
+    pieces = [b"?", b"a", b"b", *[b"c"] * 10, b""]
+    policy = chain_policy(pieces, ends=[13], num_blocks=1 + 2 * 2, block_size=4)
+    policy.runner.decoder = Forking(policy.runner.decoder.spec, policy.runner.decoder.follows | {1: 3})
+    out = draw_all(policy, Majority(n=2).program(root_branch([0])), 1, temperature=1.0, seed=1)
+    assert {node.tokens[0] for node in out.nodes} == {1, 2}
+    ledger = out.ledger
     assert policy.preemptions == 1
     assert ledger.tokens_generated == 24
     assert ledger.head_flops == (24 - 1) * HEAD  # two first draws share the prompt's
     assert ledger.tokens_computed - ledger.tokens_recomputed == 1 + 2 * 11
     assert ledger.tokens_recomputed > 0
     recompute = written_at(*range(2, 2 + ledger.tokens_recomputed))
-    assert wasted(ledger, duplicates=drawn_at(*range(2, 13)), recompute=recompute) and ledger.found_flops == 0
+    assert wasted(ledger, recompute=recompute) and ledger.found_flops == 0
 
 
 def test_what_another_search_computed_is_found():
@@ -191,14 +207,12 @@ def wander(policy: Policy, rng: random.Random):
 
 
 def ideal_by_hand(nodes) -> int:
-    """Every distinct path token by token, straight from the definition."""
+    """Every distinct beginning of a step and every step with others behind it, straight from the definition."""
     paths = {tuple(step.tokens for step in node.path) for node in nodes}
-    total = written_at(1, 2, 3, 4) + drawn_at(5)
-    for path in paths:
-        end = sum(map(len, path))
-        expanded = any(longer[:-1] == path for longer in paths)
-        total += drawn_at(*range(end - len(path[-1]) + 1, end + expanded))
-    return total
+    begun = {(*path[:-1], path[-1][:count]) for path in paths for count in range(1, len(path[-1]))}
+    expanded = [path for path in paths if any(longer[:-1] == path for longer in paths)]
+    ends = [sum(map(len, path)) for path in (*begun, *expanded)]
+    return written_at(1, 2, 3, 4) + drawn_at(5, *ends)
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tts_engine.kv.tree import NO_NODE, KVTree
 from tts_engine.rows import CUT, END, WHOLE, Rows, Run
 from tts_engine.steps import CLOSED
 
 VOCAB, STATES = 7, 5
+A_TREE = KVTree(num_blocks=1, block_size=1)
 
 
 class Slowly:
@@ -20,12 +22,16 @@ class Slowly:
         self.rows = []
 
     def follow(self, runs, sources, count):
+        decoding = {}
+        for row in self.rows[:count]:
+            decoding.setdefault(row["lease"], row)
+        own = {lease: len(runs) + i for i, lease in enumerate(decoding)}
         runs = [
             *runs,
-            *(Run(row["lease"], True, row["length"] - 1, row["path_start"], [row["newest"]]) for row in self.rows[:count]),
+            *(Run(lease, True, row["length"] - 1, row["path_start"], [row["newest"]]) for lease, row in decoding.items()),
         ]
         ends = np.cumsum([len(run.tokens) for run in runs]) - 1
-        drawn_behind = [*range(len(runs) - count, len(runs)), *sources]
+        drawn_behind = [*(own[row["lease"]] for row in self.rows[:count]), *sources]
         read = sorted(set(drawn_behind))
         columns = {"handles": [run.handle for run in runs], "is_lease": [run.is_lease for run in runs],
                    "starts": [run.start for run in runs], "counts": [len(run.tokens) for run in runs],
@@ -39,15 +45,52 @@ class Slowly:
                 [row["identity"] for _, row in mine], [row["path_start"] + row["length"] for _, row in mine])  # fmt: skip
 
     def append(self, tokens, rule):
-        left = []
+        """With what left, what comes of each lease that was shared: its rows class by class, the one that keeps it first, and for
+        each class whether it needs a lease at all."""
+        left, shared = [], {}
         for row, token in zip(self.rows, tokens, strict=True):
             state = max(row["state"] - 1, CLOSED) if rule.after is None else int(rule.after[row["state"], token])
             row |= {"newest": token, "length": row["length"] + 1, "state": state}
             why = END * bool(rule.eos[token]) + WHOLE * (state == CLOSED) + CUT * (row["length"] >= row["room"])
+            shared.setdefault(row["lease"], {}).setdefault((token, why), []).append(row)
             if why:
                 left.append((row["owner"], why))
         self.rows = [row for row in self.rows if row["owner"] not in dict(left)]
-        return left
+        parting = {}
+        for lease, classes in shared.items():
+            keeps = next((which for which in classes if not which[1] & END), next(iter(classes)))
+            ordered = [keeps, *(which for which in classes if which != keeps)]
+            parting[lease] = [(not which[1] & END, classes[which]) for which in ordered]
+        return left, parting
+
+
+def check_parting(parting, change, tree, before):
+    """That rows under one lease parted as `parting` says, and each class has, in blocks of its own, what the lease had."""
+    told, forks = {owner: (lease, first) for owner, lease, first in change.parted}, 0
+    for lease, ((_, keeping), *others) in parting.items():
+        head, foremost = keeping[0]["owner"], min(row["owner"] for _, rows in [(0, keeping), *others] for row in rows)
+        assert told.pop(head, None) == ((lease, True) if head != foremost else None)
+        assert all(row["owner"] not in told for row in keeping)
+        for needs, rows in others:
+            (forked, first), *rest = (told.pop(row["owner"]) for row in rows)
+            assert first and rest == [(forked, False)] * len(rest)
+            for row in rows:
+                row["lease"] = forked
+            if not needs:
+                assert forked == NO_NODE
+            elif forked != NO_NODE:
+                forks += 1
+                assert forked != lease and tree.lease_start(forked) == tree.lease_start(lease)
+                blocks = before[lease] // tree.block_size + (before[lease] % tree.block_size > 0)
+                copies = [pair for pair in change.copies.tolist() if pair[1] in blocks_of(tree, forked, before[lease])]
+                assert [pair[0] for pair in copies] == blocks_of(tree, lease, before[lease]) and len(copies) == blocks
+    assert not told
+    return forks
+
+
+def blocks_of(tree, lease, count):
+    slots = tree.write_slots([lease], [True], [0], [count])
+    return (slots[:: tree.block_size] // tree.block_size).tolist()
 
 
 def a_rule(gen, counts):
@@ -60,11 +103,21 @@ def a_rule(gen, counts):
 def test_rows_are_what_their_definition_says_tick_after_tick(seed, counts):
     gen, most = np.random.default_rng(seed), 9
     rule, rows, slowly, made = a_rule(gen, counts), Rows(most), Slowly(), 0
+    tree = KVTree(num_blocks=int(gen.choice([30, 400])), block_size=2)
+    prompt = tree.insert(NO_NODE, [1, 2, 3])
+    written: dict[int, int] = {}  # by lease
     for _ in range(12):
         count, runs, sources = len(rows), [], []
         for _ in range(gen.integers(0, most - count + 1)):
-            length = int(gen.integers(0, 3))
-            record = {"lease": int(gen.integers(1, 1 << 40)), "identity": int(gen.integers(0, 1 << 62)) * 4 + 3,
+            if len(rows) > count and gen.random() < 0.6:  # it begins as the one before it did
+                lease, length = slowly.rows[-1]["lease"], slowly.rows[-1]["length"]
+            else:
+                lease, length = tree.lease(prompt), int(gen.integers(0, 3))
+                if not tree.extend(lease, length):
+                    tree.release(lease)
+                    break
+                written[lease] = length
+            record = {"lease": lease, "identity": int(gen.integers(0, 1 << 62)) * 4 + 3,
                       "key": (int(gen.integers(0, 1 << 32)), made), "sampling": int(gen.integers(0, 2)),
                       "path_start": int(gen.integers(0, 99)), "length": length, "room": length + int(gen.integers(1, 6)),
                       "state": int(gen.choice([0, 1, 3, 4]))}  # fmt: skip
@@ -83,7 +136,18 @@ def test_rows_are_what_their_definition_says_tick_after_tick(seed, counts):
             given = tuple(column.tolist() for column in rows.draws(sampling, drawn_at))
             assert given == slowly.draws(sampling, drawn)
         tokens = gen.integers(0, VOCAB, len(rows))
-        assert rows.append(tokens, rule) == slowly.append(tokens.tolist(), rule)
+        change = rows.append(tokens, rule, tree)
+        left, parting = slowly.append(tokens.tolist(), rule)
+        assert change.left == left
+        check_parting(parting, change, tree, written)
+        slowly.rows = [row for row in slowly.rows if row["lease"] != NO_NODE]
+        rows.keep(rows.table["lease"] != NO_NODE)
+        assert rows.leases.tolist() == list(dict.fromkeys(row["lease"] for row in slowly.rows))
+        for lease in {*written, *(lease for _, lease, _ in change.parted)} - {NO_NODE, *(row["lease"] for row in slowly.rows)}:
+            tree.release(lease)
+        if tree.extend_many(rows.leases) < len(rows.leases):
+            return
+        written = {row["lease"]: row["length"] for row in slowly.rows}
         if len(rows) and gen.random() < 0.2:
             assert rows.pop() == slowly.rows.pop()["owner"]
         if gen.random() < 0.2:
@@ -106,9 +170,9 @@ def test_records_can_be_written():
 @pytest.mark.parametrize(
     "misuse",
     [
-        lambda rows, rule: rows.append(np.array([VOCAB]), rule),
-        lambda rows, rule: rows.append(np.array([-1]), rule),
-        lambda rows, rule: rows.append(np.array([0, 0]), rule),
+        lambda rows, rule: rows.append(np.array([VOCAB]), rule, A_TREE),
+        lambda rows, rule: rows.append(np.array([-1]), rule, A_TREE),
+        lambda rows, rule: rows.append(np.array([0, 0]), rule, A_TREE),
         lambda rows, rule: rows.follow([], [0], 1),
         lambda rows, rule: rows.follow([], [], 2),
         lambda rows, rule: rows.draws(0, np.array([0, 0])),

@@ -194,6 +194,9 @@ def make_parser() -> Parser:
     sweep = verb("sweep", run_sweep, "policies x PRMs x methods x n as a recipe has them, in one directory of runs", json_last)
     sweep.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file; tts_engine/sweep/recipe.py tells what is in one")
     sweep.add_argument("-o", "--out", type=Path, metavar="DIR", help="made, or continued where it stopped (default runs/RECIPE)")
+    sweep.add_argument("--dry-run", action="store_true", help="only tell what each cell would cost, from the models' config.json")
+    text = "beside --dry-run: where configs of hub ids lie, as OWNER/NAME/config.json (default: the hub)"
+    sweep.add_argument("--configs", type=Path, metavar="DIR", help=text)
     sweep.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: torch's own choice)")
 
     score = verb("score", run_score, "choose anew among the stored trees of a run, without a model", json_last)
@@ -400,6 +403,10 @@ def run_sweep(args: argparse.Namespace) -> int:
     from .sweep.recipe import load_recipe
 
     recipe = load_recipe(args.recipe)
+    if args.dry_run:
+        return show_estimate(args, recipe)
+    if args.configs is not None:
+        raise EngineError("--configs is for --dry-run")
     out = args.out or Path("runs") / args.recipe.stem
     check_device(recipe.config.device)
     try:
@@ -782,6 +789,22 @@ def show_choices(screen: Any, records: Sequence[dict[str, Any]], title: str) -> 
     screen.print(title, markup=False, highlight=False)
     for row in aggregate_rows(records):
         screen.print(row, markup=False)
+
+
+def show_estimate(args: argparse.Namespace, recipe: Any) -> int:
+    """What a sweep would cost; what could not be had is told on standard error."""
+    from .report.cost_table import cost_table
+    from .sweep.estimate import assumptions, estimate
+
+    found = estimate(recipe, args.configs)
+    screen = console()
+    screen.print(cost_table(found.as_dict()["cells"], f"{args.recipe}: what it would cost"))
+    screen.print(assumptions(recipe.estimate), markup=False)
+    for sentence in found.missing:
+        print(one_line(sentence), file=sys.stderr)
+    if args.json:
+        print(json.dumps(found.as_dict()))
+    return EXIT_FAILED if found.missing else 0
 
 
 def choice_words(choice: dict[str, Any]) -> str:

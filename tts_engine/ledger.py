@@ -6,7 +6,8 @@ the same tokens behind the same step are one step to it, and it computes every t
 
 - The policy reads the prompt once. Of a step of L tokens it computes those behind which something is drawn: all but the last one,
   and the last one too where another step was drawn behind it. Behind each there is one row of logits, from which all draws that
-  begin there take their token; the prompt's is at its last token.
+  begin there take their token; the prompt's is at its last token. Of steps that begin alike, what they have in common is computed
+  once, their last tokens left out.
 - The PRM reads its opening once, and every token of each scored step as its family writes it, markers included; at the step's read
   position one hidden state goes through the rest of the last layer and through the head.
 
@@ -18,19 +19,21 @@ was wasted. Every FLOP of the waste has one reason:
 
 - padding: rows that were computed beside those asked for, so that a kernel has the shape it wants. Those of a forward are on the
   account of its last row.
-- duplicates: a step that was drawn again. The method asks for that draw, yet no number comes of it that was not there.
+- duplicates: a step, or the beginning of one, that was drawn again, later than the first. The method asks for that draw, yet no
+  number comes of it that was not there.
 - rereading: a token whose keys and values are there goes through the layers again, because its hidden state is wanted and was not
   kept: the last token of a step behind which more is drawn later; the PRM's marker behind a step equal to one read before.
 - recompute: keys and values were evicted, or given up by a draw that was preempted.
 - speculation: a step was begun, on rows that would have stood idle, before it was asked for, and then it was not.
 
 Example: a prompt of 5 tokens, steps of 4 and 3 tokens behind one another. Tokens: 5 + 4 + 2; rows of logits: 1 + 4 + 2. Had the
-first step been drawn twice, 3 tokens and 3 rows of logits would be duplicates.
+first step been drawn twice at different times, 3 tokens and 3 rows of logits would be duplicates.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from os.path import commonprefix
 from typing import Any
 
 PETA = 1e15
@@ -54,6 +57,11 @@ class Work:
         self.pairs += pairs
         self.reads += reads
         self.read_pairs += read_pairs
+
+    def add_drawn(self, start: int, count: int) -> None:
+        """So many tokens behind `start` others, with something drawn behind each."""
+        seen = pairs(start, count)
+        self.add(count, seen, count, seen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +98,7 @@ class DistinctSteps:
         self.prompt = DistinctStep(parent=None, start=0, tokens=prompt_tokens, depth=0)
         self._of = {0: self.prompt}
         self._behind: dict[tuple[int, tuple[int, ...]], DistinctStep] = {}
+        self._drawn = Work()  # by all draws, until their steps were whole
 
     def __getitem__(self, identity: int) -> DistinctStep:
         return self._of[identity]
@@ -101,8 +110,9 @@ class DistinctSteps:
         """All but the prompt, parents first."""
         return iter(self._behind.values())
 
-    def add(self, identity: int, parent: int, tokens: Sequence[int], draws: int = 1) -> DistinctStep:
-        """Note a draw, or so many, behind the step that has the identity `parent`."""
+    def add(self, identity: int, parent: int, tokens: Sequence[int], draws: int = 1, spared: int = 0) -> DistinctStep:
+        """Note a draw, or so many, behind the step that has the identity `parent`; spared: so many of its leading tokens were
+        computed for draws beside it, which began alike."""
         above = self._of[parent]
         above.expanded = True
         step = self._behind.get((id(above), key := tuple(tokens)))
@@ -110,26 +120,29 @@ class DistinctSteps:
             step = DistinctStep(parent=above, start=above.start + above.tokens, tokens=len(key), depth=above.depth + 1)
             self._behind[id(above), key] = step
         step.draws += draws
+        if draws:
+            self._drawn.add_drawn(step.start + spared, step.written - spared)
         self._of[identity] = step
         return step
 
-    def drawn_once(self) -> Work:
-        """What an ideal policy computes."""
-        prompt = self.prompt.tokens
-        total = Work(tokens=prompt, pairs=pairs(0, prompt), reads=1, read_pairs=prompt)
+    def drawn(self) -> tuple[Work, Work]:
+        """What an ideal policy computes, and what the policy computed again in drawing what it had drawn before."""
+        prompt, once, again = self.prompt.tokens, Work(), replace(self._drawn)
+        behind: dict[int, list[tuple[int, ...]]] = {}
+        for parent, tokens in self._behind:
+            behind.setdefault(parent, []).append(tokens[:-1])
+        starts = {id(step.parent): step.start for step in self}
+        for parent, steps in behind.items():
+            before: tuple[int, ...] = ()
+            for tokens in sorted(steps):  # what two have in common, their neighbours in this order have too
+                known = len(commonprefix((before, tokens)))
+                once.add_drawn(starts[parent] + known, len(tokens) - known)
+                before = tokens
+        again.add(-once.tokens, -once.pairs, -once.reads, -once.read_pairs)
+        once.add(prompt, pairs(0, prompt), 1, prompt)
         for step in self:
-            count = step.written + step.expanded
-            seen = pairs(step.start, count)
-            total.add(count, seen, count, seen)
-        return total
-
-    def drawn_again(self) -> Work:
-        """What the policy computed in drawing a step that it had drawn before."""
-        total = Work()
-        for step in self:
-            count, seen = (step.draws - 1) * step.written, (step.draws - 1) * pairs(step.start, step.written)
-            total.add(count, seen, count, seen)
-        return total
+            once.add_drawn(step.start + step.written, step.expanded)
+        return once, again
 
     def read_once(self, read_at: int) -> Work:
         """What an ideal PRM computes; read_at: the read position from the end of a step, as in PRMSpec."""

@@ -1,7 +1,8 @@
 """The policy: draws of all searches, drawn together, one step each.
 
-A draw waits until its parent's tokens have been read, takes its first token from the parent's own logits (children of one
-parent share one forward), and then is a row of every tick until its step closes. What a tick holds decides nothing but speed.
+A draw waits until its parent's tokens have been read, takes its first token from the parent's own logits, and then is a row of
+every tick until its step closes. Draws that begin together behind one step have one lease, and the model reads them once, until
+their tokens differ. What a tick holds decides nothing but speed.
 """
 
 from collections import deque
@@ -16,7 +17,7 @@ from .errors import EngineError
 from .graphs import TICKS, DecodeGraphs, bucket_for
 from .kv.tree import NO_NODE
 from .ledger import DistinctStep, DistinctSteps, PolicyLedger, Work, pairs
-from .rows import END, FAULT, WHOLE, Rows, Run
+from .rows import END, FAULT, WHOLE, Change, Rows, Run
 from .runner import ModelRunner
 from .sampling import Sampling, sample
 from .search.driver import Answer, Ask, Draw, Driver, Round
@@ -82,6 +83,9 @@ class _Row:
     lease: int = NO_NODE
     path_start: int = 0  # tokens on the path before the step
     first: int = 0  # tokens it had when its lease began
+    follows: bool = False  # its lease is another's too, who answers for what is computed under it
+    skipped: int = 0  # leading tokens under its lease that were computed on another's account
+    spared: int = 0  # leading tokens that never were computed on its own account
     seat: int = 0  # among the rows of the ticks that are under way
     computed: int = 0  # leading tokens that were computed in earlier leases
     text: str = ""  # once its step is whole
@@ -103,12 +107,15 @@ class _Missing:
 class _Batch:
     """What one tick reads for the rows it admits."""
 
+    leases: int = 0  # of all rows
     runs: list[Run] = field(default_factory=list)
     num_tokens: int = 0  # of all runs
     run_of: dict[int, int] = field(default_factory=dict)  # node -> its run
     sources: list[int] = field(default_factory=list)  # for each row admitted: the run that its next token is drawn behind
     missing: dict[int, _Missing] = field(default_factory=dict)  # run -> its account, where it is a node's
     first: dict[int, _Row] = field(default_factory=dict)  # run -> the first draw behind it
+    # The first draw of each search that begins behind a node with such tokens of its step, and the run that it draws behind.
+    begun: dict[tuple[DrawContext, int, tuple[int, ...]], tuple[_Row, int]] = field(default_factory=dict)
 
     @property
     def can_go_on(self) -> bool:
@@ -178,9 +185,8 @@ class Policy:
     def abandon(self, context: DrawContext) -> None:
         """Forget every draw of one search and give up its leases."""
         self._waiting = deque(row for row in self._waiting if row.context is not context)
-        for row in self._rows.owners:
-            if row.context is context:
-                self.runner.tree.release(row.lease)
+        for lease in {row.lease for row in self._rows.owners if row.context is context}:
+            self.runner.tree.release(lease)
         self._rows.keep([row.context is not context for row in self._rows.owners])
         self._guesses = [row for row in self._guesses if row.context is not context]
         self._rounds = [(whose, round) for whose, round in self._rounds if whose is not context]
@@ -215,9 +221,9 @@ class Policy:
 
     def _admit(self) -> _Batch:
         """Seat waiting draws, oldest first, while rows, blocks and the tick's prefill last; what must be read for them."""
-        batch = _Batch()
+        batch = _Batch(leases=len(self._rows.leases))
         while self._waiting and not (self._rows and batch.num_tokens >= MAX_PREFILL):
-            if self._has_room() and self._seat(batch, self._waiting[0]):
+            if (not self._rows or len(self._rows) < self.max_rows) and self._seat(batch, self._waiting[0]):
                 self._waiting.popleft()
             elif not self._give_way():
                 assert self._rows, "a branch that was found to fit the pool does not"
@@ -226,25 +232,13 @@ class Policy:
             self._guess(batch)
         return batch
 
-    def _has_room(self) -> bool:
-        """For one more row; each row at work may want another block soon."""
-        return not self._rows or (len(self._rows) < self.max_rows and self.runner.tree.has_room(len(self._rows) + 1))
-
     def _seat(self, batch: _Batch, row: _Row) -> bool:
         """Give a draw a lease and a place among the rows; False where there is no room for its path or its tokens."""
-        tree, context, draw = self.runner.tree, row.context, row.draw
-        leased = self._lease(row)
-        if leased is None:
+        context, draw = row.context, row.draw
+        run = self._join(batch, row)
+        if run is None and (run := self._begin(batch, row)) is None:
             return False
-        row.lease, path, nodes = leased
-        if row.tokens and not tree.extend(row.lease, len(row.tokens)):
-            tree.release(row.lease)
-            return False
-        row.path_start, row.first = tree.lease_start(row.lease), len(row.tokens)
-        self._read(batch, row, path, nodes)
-        run = batch.add(Run(row.lease, True, 0, row.path_start, row.tokens)) if row.tokens else batch.run_of[nodes[-1]]
         batch.sources.append(run)
-        batch.first.setdefault(run, row)
         state = self.rule.start(draw.identity, context.key)
         for token in row.tokens:
             state = int(self.rule.advance(np.array([token]), np.array([state]))[0])
@@ -260,6 +254,37 @@ class Policy:
             state=state,
         )
         return True
+
+    def _join(self, batch: _Batch, row: _Row) -> int | None:
+        """Give a draw the lease of one that begins alike, and the run that both draw behind; None where there is no such one.
+
+        Graphs draw one token a row. And a draw that computed some of its tokens itself stays on its own account.
+        """
+        context, tokens = row.context, tuple(row.tokens)
+        other, run = batch.begun.get((context, context.nodes.get(row.draw.branch.identity, NO_NODE), tokens), (None, 0))
+        if other is None or self.graphs is not None or row.spared < len(tokens) - 1:
+            return None
+        row.lease, row.path_start, row.first, row.follows = other.lease, other.path_start, other.first, True
+        return run
+
+    def _begin(self, batch: _Batch, row: _Row) -> int | None:
+        """Give a draw a lease of its own, and the run that it draws behind; None where there is no room."""
+        tree, context = self.runner.tree, row.context
+        # Whoever is at work may want another block soon.
+        leased = self._lease(row) if not self._rows or tree.has_room(batch.leases + 1) else None
+        if leased is None:
+            return None
+        row.lease, path, nodes = leased
+        if row.tokens and not tree.extend(row.lease, len(row.tokens)):
+            tree.release(row.lease)
+            return None
+        row.path_start, row.first, row.follows, row.skipped = tree.lease_start(row.lease), len(row.tokens), False, 0
+        self._read(batch, row, path, nodes)
+        run = batch.add(Run(row.lease, True, 0, row.path_start, row.tokens)) if row.tokens else batch.run_of[nodes[-1]]
+        batch.leases += 1
+        batch.first.setdefault(run, row)
+        batch.begun.setdefault((context, nodes[-1], tuple(row.tokens)), (row, run))
+        return run
 
     def _lease(self, row: _Row) -> tuple[int, list[Branch], list[int]] | None:
         """A lease behind a draw's path, the steps of it that may have to be read, and their nodes; None where there is no room."""
@@ -312,7 +337,8 @@ class Policy:
         """Undo an admission whose forward failed: no lease is left, and the draws behind the first `decoding` rows wait again."""
         while len(self._rows) > decoding:
             row = self._rows.pop()
-            self.runner.tree.release(row.lease)
+            if all(other.lease != row.lease for other in self._rows.owners):
+                self.runner.tree.release(row.lease)
             row.context.nodes.clear()  # some of them were to be computed
             if row.round is None:
                 self._waiting.appendleft(row)
@@ -337,13 +363,55 @@ class Policy:
             raise EngineError(NOT_FINITE)
         for row, token in zip(self._rows.owners, listed, strict=True):
             row.tokens.append(token)
-        leaving = self._rows.append(tokens, self.rule)
+        change = self._rows.append(tokens, self.rule, self.runner.tree)
+        if change.parted:
+            self._part(change)
         self._extend()  # a closing row's spare slot may be the last one: rows that go on take room first
-        self._leave(leaving)
+        self._leave(change.left)
+
+    def _part(self, change: Change[_Row]) -> None:
+        """Rows that were read together, and differ now, go on under leases of their own."""
+        if len(change.copies):
+            self.runner.cache.copy(change.copies)
+        for row, lease, first in change.parted:
+            row.lease = lease
+            if first and row.follows:
+                row.follows, row.skipped = False, len(row.tokens) - 1
+                row.spared = row.skipped
+        if any(lease == NO_NODE for _, lease, _ in change.parted):
+            homeless = [row.lease == NO_NODE for row in self._rows.owners]
+            rows = [row for row, out in zip(self._rows.owners, homeless, strict=True) if out]
+            self._rows.keep([not out for out in homeless])
+            for row in reversed(rows):
+                self._preempt(row)
+
+    def _give_up(self, row: _Row) -> int:
+        """A row that is no longer among the others gives up its lease: to the next one under it, who answers from here on for all
+        that was computed there, or to nobody. What it computed on its own account, in FLOPs."""
+        heir = next((other for other in self._rows.owners if other.lease == row.lease), None)
+        if heir is not None and not row.follows:
+            heir.first, heir.skipped, heir.spared, heir.computed = row.first, row.skipped, row.spared, row.computed
+            heir.follows, row.follows = False, True
+        flops = self._charge_lease(row) if row.tokens else 0  # none: its first ones are under way
+        if heir is None and row.lease != NO_NODE:
+            self.runner.tree.release(row.lease)
+        return flops
 
     def _leave(self, leaving: list[tuple[_Row, int]]) -> None:
+        """Close steps. Those that are equal to the last token have one lease, and are one node."""
+        closed: dict[int, _Row] = {}  # by lease
         for row, why in leaving:
-            self._close(row, Finish.EOS if why & END else None if why & WHOLE else Finish.LENGTH)
+            equal = closed.setdefault(row.lease, row) if row.lease != NO_NODE else row
+            if equal is not row:
+                row.text, row.finish = equal.text, equal.finish
+                self._charge_lease(row)
+                if row.finish is None:
+                    row.context.nodes[row.draw.identity] = row.context.nodes[equal.draw.identity]
+            else:
+                self._close(row, Finish.EOS if why & END else None if why & WHOLE else Finish.LENGTH)
+            row.lease = NO_NODE
+            if row.round is None:
+                self._deliver(row)
 
     def _extend(self) -> None:
         """One more slot for every row that goes on; guesses, and then the youngest rows, give way where blocks run out."""
@@ -351,26 +419,26 @@ class Policy:
         while self._guesses and np.count_nonzero((self._rows.table["length"] - 1) % tree.block_size == 0) > tree.available():
             if not self._give_way():
                 break
-        done = 0
-        while done < len(self._rows):
-            done += self.runner.tree.extend_many(self._rows.table["lease"][done:], 1)
-            if done < len(self._rows):
+        leases, done = self._rows.leases, 0
+        while done < len(leases):
+            done += tree.extend_many(leases[done:], 1)
+            if done < len(leases):
                 if self._rows.owners[-1].round is None and self.more_room():
                     continue
                 self._preempt(self._rows.pop())
-                done = min(done, len(self._rows))
+                leases = self._rows.leases
+                done = min(done, len(leases))
 
     def _preempt(self, row: _Row) -> None:
         if row.round is not None:
             return self._drop([row])
-        self._charge_lease(row)
-        self.runner.tree.release(row.lease)
+        self._give_up(row)
         self._waiting.appendleft(row)
         self.preemptions += 1
         row.context.ledger.preemptions += 1
 
     def _close(self, row: _Row, finish: Finish | None) -> None:
-        """The step is whole: make the child, keep its KV if it may be expanded, pass it on."""
+        """The step is whole: keep its KV if it may be expanded."""
         context, draw, tree, tokens = row.context, row.draw, self.runner.tree, tuple(row.tokens)
         text = self.rule.text(tokens)
         if finish is None and ANSWER_SIGN in text:
@@ -379,18 +447,18 @@ class Policy:
         if finish is None and context.limits.step_room(used, context.prompt_tokens) <= 0:
             finish = Finish.LENGTH
         row.flops = self._charge_lease(row)
-        if finish is None:
+        if row.lease == NO_NODE:
+            pass  # another needs what it had
+        elif finish is None:
             context.nodes[draw.identity] = tree.keep(row.lease, tokens, len(tokens) - 1)
         else:
             tree.release(row.lease)
-        row.lease, row.text, row.finish = NO_NODE, text, finish
-        if row.round is None:
-            self._deliver(row)
+        row.text, row.finish = text, finish
 
     def _deliver(self, row: _Row) -> None:
         """A step that is whole and asked for becomes the child."""
         context, draw, tokens = row.context, row.draw, tuple(row.tokens)
-        step = context.steps.add(draw.identity, draw.branch.identity, tokens)
+        step = context.steps.add(draw.identity, draw.branch.identity, tokens, spared=row.spared)
         step.computed = max(step.computed, step.written)
         context.ledger.tokens_generated += len(tokens)
         self._pass_on(row, Branch(draw.branch, tokens, row.text, draw.identity, draw.lane, draw.draw, row.finish))
@@ -470,13 +538,12 @@ class Policy:
         """Give up guesses, and count them as waste."""
         for row in guesses:
             if row.lease != NO_NODE:
-                row.flops = self._charge_lease(row) if row.tokens else 0  # none: its first ones are under way
-                self.runner.tree.release(row.lease)
+                self._rows.keep([other is not row for other in self._rows.owners])
+                row.flops = self._give_up(row)
             row.context.ledger.tokens_wasted += len(row.tokens)
             row.context.ledger.speculation_flops += row.flops
         if guesses:
             left = {id(row) for row in guesses}
-            self._rows.keep([id(row) not in left for row in self._rows.owners])
             self._guesses = [row for row in self._guesses if id(row) not in left]
 
     # Many ticks on end
@@ -535,8 +602,8 @@ class Policy:
 
     def count(self, context: DrawContext) -> None:
         """What of a search's costs follows from its tree, once all of it is drawn."""
-        context.ledger.ideal_flops = self.flops(context.steps.drawn_once())
-        context.ledger.duplicate_flops = self.flops(context.steps.drawn_again())
+        once, again = context.steps.drawn()
+        context.ledger.ideal_flops, context.ledger.duplicate_flops = self.flops(once), self.flops(again)
         context.ledger.speculation_flops += sum(
             flops for identity, flops in context.ventured.items() if not context.steps[identity].expanded
         )
@@ -575,12 +642,16 @@ class Policy:
     def _charge_lease(self, row: _Row) -> int:
         """Count what a row computed since its lease began: every token but the newest, and the logits of what it drew; in FLOPs."""
         context, start, written, before = row.context, row.path_start, len(row.tokens) - 1, row.context.ledger.flops
-        self._charge(context, _through(start, written))
+        if row.follows:
+            row.spared = row.computed = written
+            return 0
+        skipped, first = row.skipped, max(row.first, row.skipped)
+        self._charge(context, _through(start + skipped, written - skipped))
         # The first draw of a lease reads logits of the parent's run, or of the resuming run: counted in _charge_runs.
-        if written > row.first:
-            self._charge(context, _read(start + row.first, written - row.first))
-        if row.computed:
-            self._charge_waste(context, _through(start, min(row.computed, written)), kept=False)
+        if written > first:
+            self._charge(context, _read(start + first, written - first))
+        if row.computed > skipped:
+            self._charge_waste(context, _through(start + skipped, min(row.computed, written) - skipped), kept=False)
         row.computed = max(row.computed, written)
         return context.ledger.flops - before
 

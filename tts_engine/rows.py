@@ -11,6 +11,7 @@ import numpy as np
 from . import _C  # type: ignore[attr-defined]
 from .attention.base import BatchLayout
 from .graphs import Drawn, Draws
+from .kv.tree import KVTree
 from .runner import Segments
 from .sampling import Sampling
 from .steps import CLOSED, StepRule
@@ -31,8 +32,19 @@ class Run(NamedTuple):
     tokens: Sequence[int]
 
 
+class Change(NamedTuple, Generic[Owner]):
+    """What a token of every row changed."""
+
+    left: list[tuple[Owner, int]]  # whose rows left, and why: END, WHOLE, CUT or several of these
+    # Whose rows have another lease from here on, or are the first under theirs from here on; NO_NODE where a row that ended needs
+    # none, and where one that did not found no room.
+    parted: list[tuple[Owner, int, bool]]
+    copies: np.ndarray  # int32 [M, 2], blocks whose contents those rows need too, and theirs
+
+
 class Rows(Generic[Owner]):
-    """At most `most` rows, B of them now, and whose each is."""
+    """At most `most` rows, B of them now, and whose each is. Rows with equal tokens behind one node may have one lease together:
+    the model reads them once, and each draws for itself."""
 
     def __init__(self, most: int) -> None:
         self.owners: list[Owner] = []
@@ -64,8 +76,8 @@ class Rows(Generic[Owner]):
         self.owners = [self.owners[i] for i in at.tolist()]
 
     def follow(self, runs: Sequence[Run], sources: Sequence[int], count: int) -> tuple[Segments, np.ndarray, np.ndarray]:
-        """The runs, and behind them the newest token of each of the first `count` rows. Those draw their next tokens behind it, the
-        rows that come after them behind the runs `sources`.
+        """The runs, and behind them the newest token of each of the first `count` rows, of those under one lease once. Those draw
+        their next tokens behind it, the rows that come after them behind the runs `sources`.
 
         With it the tokens int64 [R] behind which one is drawn, increasing indices, and int64 [B] which of these is each row's.
         """
@@ -77,13 +89,19 @@ class Rows(Generic[Owner]):
         those of all rows int64 [B], keys uint32 [N, 2], identities uint64 [N] and positions int64 [N]."""
         return self._rows.draws(sampling, sources)
 
-    def append(self, tokens: np.ndarray, rule: StepRule) -> list[tuple[Owner, int]]:
-        """Every row takes a token int64 [B]. Those that end with it leave: whose they are, and why, of END, WHOLE and CUT."""
-        left = self._rows.append(tokens, rule.after, rule.eos, CLOSED)
+    def append(self, tokens: np.ndarray, rule: StepRule, tree: KVTree) -> Change[Owner]:
+        """Every row takes a token int64 [B]. Rows under one lease that differ now part, and those that end with it leave."""
+        left, parted, copies = self._rows.append(tokens, rule.after, rule.eos, CLOSED, tree.native)
+        changed = [(self.owners[place], lease, first) for place, lease, first in parted]
         leaving = [(self.owners[place], why) for place, why in left]
         for place, _ in reversed(left):
             del self.owners[place]
-        return leaving
+        return Change(leaving, changed, copies)
+
+    @property
+    def leases(self) -> np.ndarray:
+        """int64: of all rows, each once, in the order of their oldest rows."""
+        return self._rows.leases(len(self.owners))
 
     def begin(self, newest: np.ndarray, layout: BatchLayout, ahead: np.ndarray, order: np.ndarray,
               samplings: Sequence[Sampling]) -> Draws:  # fmt: skip

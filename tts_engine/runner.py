@@ -75,7 +75,7 @@ class ModelRunner:
         if moves is None:
             return False
         try:
-            self.cache.move(moves)
+            self.cache.copy(moves)
             self.cache.resize(num_blocks, self.tree.extent)
         except (RuntimeError, MemoryError):
             self.tree.resize(before)

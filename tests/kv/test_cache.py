@@ -23,7 +23,7 @@ def blocks_of(cache: KVCache) -> list[torch.Tensor]:
 def test_what_moved_and_what_stays_is_there_in_another_size(num_blocks):
     cache = numbered()
     before = blocks_of(cache)
-    cache.move(np.array([[4, 1], [5, 0]], np.int32))
+    cache.copy(np.array([[4, 1], [5, 0]], np.int32))
     cache.resize(num_blocks, used=4)
     assert (cache.num_blocks, cache.num_slots, cache.version) == (num_blocks, 2 * num_blocks, 1)
     assert cache.num_bytes == num_blocks * cache.block_bytes == sum(table.nbytes for table in cache.tables)

@@ -214,6 +214,24 @@ class TreeMachine(RuleBasedStateMachine):
             self.settle(node, parent, tokens, computed)
             self.model.nodes[node][3] -= 1
 
+    @precondition(lambda self: 0 < len(self.model.leases) < 5)
+    @rule(i=index)
+    def fork(self, i):
+        lease = self.lease_of(i)
+        parent, room = self.model.leases[lease]
+        self.model.touch(parent)
+        self.model.leases["forked"] = [parent, 0]
+        fits = self.model.extend("forked", room)
+        forked, copies = self.tree.fork(lease)
+        assert (forked != NO_NODE) == fits and len(copies) == fits * blocks_needed(room, BLOCK_SIZE)
+        made = self.model.leases.pop("forked")
+        if fits:
+            self.model.leases[forked] = made
+            blocks = self.memory.reshape(-1, BLOCK_SIZE)
+            blocks[copies[:, 1]] = blocks[copies[:, 0]]
+            assert self.memory[self.tree.write_slots([forked], [True], [0], [room])].tolist() == [lease] * room
+            self.write(forked, True, 0, [forked] * room)
+
     @precondition(lambda self: self.model.leases)
     @rule(i=index)
     def release(self, i):
@@ -483,6 +501,7 @@ def test_what_cannot_fit_evicts_nothing():
         lambda tree, node, lease: tree.write_slots([node], [False], [3], [3]),
         lambda tree, node, lease: tree.write_slots([node], [False], [-1], [1]),
         lambda tree, node, lease: tree.write_slots([node], [False], [0], [2], np.zeros(3, np.int64)),
+        lambda tree, node, lease: tree.fork(node),
         lambda tree, node, lease: KVTree(num_blocks=0, block_size=4),
         lambda tree, node, lease: KVTree(num_blocks=1 << 30, block_size=4),
     ],

@@ -57,19 +57,17 @@ def test_a_replay_is_the_direct_run(engine, made, wanted):
             assert (out.answer, out.answers, out.groups, out.aggregates) == (ref.answer, ref.answers, ref.groups, ref.aggregates)
             for ours, theirs in ((out.ledger.policy, ref.ledger.policy), (out.ledger.prm, ref.ledger.prm)):
                 for part, count in asdict(theirs).items():
-                    if part not in ("padding_flops", "rereading_flops", *EXECUTED):
+                    if part not in ("padding_flops", "rereading_flops", "duplicate_flops", *EXECUTED):
                         assert getattr(ours, part) == count, part
-                # What a direct run executes beyond that it says itself: rows beside those asked for, ends of steps read again.
-                assert (
-                    ours.flops
-                    == ours.useful_flops + ours.duplicate_flops
-                    == theirs.flops - theirs.padding_flops - theirs.rereading_flops
-                )
+                # What a direct run executes beyond that it says itself: rows beside those asked for, ends of steps read again, and
+                # steps that are drawn at different times and come out equal.
+                assert ours.flops == ours.useful_flops == theirs.useful_flops
                 if name == "adaptive":  # which reads the end of the prompt again for every batch
                     continue
-                assert all(0.98 * getattr(theirs, part) <= getattr(ours, part) <= getattr(theirs, part) for part in EXECUTED)
+                assert all(getattr(ours, part) <= getattr(theirs, part) for part in EXECUTED)
                 if made != "dvts" and theirs is ref.ledger.policy:
-                    assert theirs.rereading_flops == 0 and all(getattr(ours, part) == getattr(theirs, part) for part in EXECUTED)
+                    assert theirs.rereading_flops == theirs.duplicate_flops == 0
+                    assert all(getattr(ours, part) == getattr(theirs, part) for part in EXECUTED)
             assert out.method == method and out.seed == SEED and out.choice is None
 
 

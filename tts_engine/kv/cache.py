@@ -41,7 +41,7 @@ class KVCache:
         self.k[layer].index_copy_(0, slots, k)
         self.v[layer].index_copy_(0, slots, v)
 
-    def move(self, moves: np.ndarray) -> None:
+    def copy(self, moves: np.ndarray) -> None:
         """Copy whole blocks; moves int32 [M, 2], from one number to another, no number twice."""
         source, target = torch.from_numpy(moves.T.astype(np.int64)).to(self.k[0].device)
         for table in self.tables:

@@ -63,6 +63,11 @@ class KVTree:
     def num_blocks(self) -> int:
         return self._tree.num_blocks
 
+    @property
+    def native(self) -> Any:
+        """The C++ tree, for loops in C++ that change it."""
+        return self._tree
+
     # Nodes
 
     def find(self, parent: int, tokens: Sequence[int]) -> int:
@@ -127,6 +132,11 @@ class KVTree:
         """Close the step as `seal` does, with what room the tokens lack, and held by nobody; NO_NODE, and the lease is given up,
         if that room cannot be had."""
         return self._tree.keep(lease, tokens, computed)
+
+    def fork(self, lease: int) -> tuple[int, np.ndarray]:
+        """Open another step that has as many tokens behind the same node; with it int32 [M, 2]: the blocks whose contents it is to
+        have, and its own. NO_NODE and no blocks, with nothing changed, if there is no room."""
+        return self._tree.fork(lease)
 
     def release(self, lease: int) -> None:
         """Give up an open step and its blocks."""

@@ -184,9 +184,10 @@ def study(runs: Sequence[RunRead], texts: Mapping[str, str], difficulty: Sequenc
     told = [_told(run) for run in runs]
     for run, facts in zip(runs, told, strict=True):
         if facts.problems != told[0].problems:
-            of, apart = f"{facts.task}, {facts.split}", facts.problems[:2] == told[0].problems[:2]
-            raise RunError(f"{runs[0].name} is a run of {told[0].task}, {told[0].split} and {run.name} of {of}"
-                           f"{', but of other problems' if apart else ''}: only runs of the same problems can be compared")  # fmt: skip
+            first, other = (f"{one.task}, {one.split}" for one in (told[0], facts))
+            apart = "the same, but of other problems" if first == other else other
+            raise RunError(f"{runs[0].name} is a run of {first} and {run.name} of {apart}: only runs of the same problems can be "
+                           "compared")  # fmt: skip
     ids = set.intersection(*({record["id"] for record in run.records} for run in runs))
     if not ids:
         raise RunError(f"no problem is in all of the {len(runs)} runs: there is nothing to compare them by")
@@ -206,7 +207,8 @@ def study(runs: Sequence[RunRead], texts: Mapping[str, str], difficulty: Sequenc
         arms[key].append((run, facts))
     made = [_arm(group, key, ids, policies, prms) for key, group in arms.items()]
     sources = [_source(run, facts, arm) for arm, group in zip(made, arms.values(), strict=True) for run, facts in group]
-    made.sort(key=lambda arm: (arm.parameters, arm.policy, arm.prm or "", method_rank(arm.method), arm.n))
+    made.sort(key=_order)
+    sources.sort(key=lambda one: (*_order(one.arm), one.seed))
     by_level, said = _levels(runs, ids, [arm.policy for arm in made])
     groupings = [*by_level, *_by_difficulty(difficulty, policies, ids)]
     failed = sum(arm.failed for arm in made)
@@ -222,6 +224,10 @@ def study(runs: Sequence[RunRead], texts: Mapping[str, str], difficulty: Sequenc
         problems=_telling(runs, ids, texts, shown),
         notes=(*notes, *said),
     )
+
+
+def _order(arm: Arm) -> tuple[Any, ...]:
+    return arm.parameters, arm.policy, arm.prm or "", method_rank(arm.method), arm.n
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,9 +348,9 @@ def _source(run: RunRead, facts: _Told, arm: Arm) -> Source:
         seed=facts.seed,
         problems=len(run.records),
         failed=sum(record["error"] is not None for record in run.records),
-        at=str(made.get("at")),
-        version=str(versions.get("tts-engine")),
-        dtype=str(run.description["engine"].get("dtype")),
+        at=str(made.get("at") or UNKNOWN),
+        version=str(versions.get("tts-engine") or UNKNOWN),
+        dtype=str(run.description["engine"].get("dtype") or UNKNOWN),
     )
 
 

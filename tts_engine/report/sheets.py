@@ -1,6 +1,6 @@
 """A comparison's tables as text: one form for a terminal and for the page."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich import box
@@ -15,6 +15,7 @@ from .intervals import Verdict
 from .text import figures, harmless, percent, short
 
 GAP, WIDEST = 2, 30  # between columns; of one column
+LONGEST = 40  # characters of a name
 NOTHING = "-"
 SPARED = ("runs",)  # of a terminal
 UNITS = ((1e-9, "FLOP"), (1e-6, "kFLOP"), (1e-3, "MFLOP"), (1.0, "GFLOP"), (1e3, "TFLOP"), (1e6, "PFLOP"), (1e9, "EFLOP"))
@@ -54,7 +55,7 @@ def sheets(study: Study) -> list[Sheet]:
     """All tables of a report, those without a row left out."""
     unit = unit_of(study)
     made = [accuracy_sheet(study, unit), *difficulty_sheets(study), size_sheet(study, unit), gain_sheet(study),
-            winner_sheet(study), ledger_sheet(study), source_sheet(study)]  # fmt: skip
+            winner_sheet(study), ledger_sheet(study), memory_sheet(study), source_sheet(study)]  # fmt: skip
     return [sheet for sheet in made if sheet.rows]
 
 
@@ -78,9 +79,7 @@ def difficulty_sheets(study: Study) -> list[Sheet]:
         counts = {bin: {row.by[grouping.name][bin].problems for row in own} for bin in grouping.bins}
         alike = all(len(each) == 1 for each in counts.values())  # or each policy has its own
         rows = [(*_arm(row.arm), *(_share(row.by[grouping.name][bin], alike) for bin in grouping.bins)) for row in own]
-        headings = tuple(
-            f"{grouping.name} {harmless(bin)}\n" + (f"of {max(counts[bin])}" if alike else "") for bin in grouping.bins
-        )
+        headings = tuple(f"{grouping.name} {_name(bin)}\n" + (f"of {max(counts[bin])}" if alike else "") for bin in grouping.bins)
         note = (
             "Problems solved %, with the 95 % interval, by the level that the task gives them."
             if grouping.name == "level"
@@ -95,7 +94,7 @@ def difficulty_sheets(study: Study) -> list[Sheet]:
 def size_sheet(study: Study, unit: Unit) -> Sheet:
     rows = [
         (*_arm(row.small), percent(row.small.accuracy), unit(row.small.gflop),
-         harmless(row.large.policy), percent(row.large.accuracy), unit(row.large.gflop),
+         _name(row.large.policy), percent(row.large.accuracy), unit(row.large.gflop),
          NOTHING if row.cost is None else _times(row.cost), *_verdict(row.verdict))
         for row in size_rows(study)
     ]  # fmt: skip
@@ -128,8 +127,8 @@ def gain_sheet(study: Study) -> Sheet:
         "Each method at its largest n. Over CoT, and over a majority of as many draws: points, paired by problem, with their own "
         "95 % interval; says: whether it gains, Holm over all of this table's claims. Relative: the gain as a share of CoT's "
         "accuracy. Less compute: FLOPs with which majority has the accuracy of its largest n, over those with which this method "
-        "has it, policy and PRM together; each read off straight lines between neighbouring budgets (logarithmic FLOPs, from CoT on, "
-        "nothing beyond the largest). Its interval is by resampling problems, and open where too many resamples never get there."
+        "has it, policy and PRM together; each read off straight lines between neighbouring budgets (logarithmic FLOPs, from CoT "
+        "on, nothing beyond the largest). Its interval is by resampling problems, open where too many resamples never get there."
     )
     headings = (
         *ARM,
@@ -149,14 +148,14 @@ def winner_sheet(study: Study) -> Sheet:
     for row in winners(study):
         found.setdefault((row.policy, row.prm, row.n), {})[row.grouping, row.bin] = row
     places = [(ALL, ALL), *((grouping.name, bin) for grouping in study.groupings for bin in grouping.bins)]
-    rows = [(harmless(policy), _prm(prm), str(n), *(_winner(own.get(place)) for place in places))
+    rows = [(_name(policy), _prm(prm), str(n), *(_winner(own.get(place)) for place in places))
             for (policy, prm, n), own in found.items()]  # fmt: skip
     note = (
         "Who solves most at one n, chain of thought among the rivals; of equals the cheaper. Tied: those of whom the 95 % interval "
         "of the paired difference contains 0, or of whom too few problems tell. Below: solved % of so many problems. Equal n is "
         "not equal FLOPs, and the best of several is in part luck."
     )
-    headings = ("policy", "PRM", "n", *(f"{name}\n{harmless(bin)}" if name != ALL else "all\nproblems" for name, bin in places))
+    headings = ("policy", "PRM", "n", *(f"{name}\n{_name(bin)}" if name != ALL else "all\nproblems" for name, bin in places))
     return Sheet("winners", "The best method by policy, PRM and difficulty", note, headings, tuple(rows), 3)
 
 
@@ -165,33 +164,43 @@ def ledger_sheet(study: Study) -> Sheet:
     phases, reasons = list(found[0].phases), list(found[0].wasted)
     rows = [
         (*_arm(row.arm), figures(row.seconds) if row.seconds else NOTHING,
-         *(figures(100 * row.phases[phase]) if any(row.phases.values()) else NOTHING for phase in phases),
-         NOTHING if row.useful is None else figures(100 * row.useful),
-         *(figures(100 * row.wasted[reason]) if row.useful is not None else NOTHING for reason in reasons),
-         short(row.drawn), short(row.prm_read) if row.arm.prm else NOTHING, short(row.prm_reread) if row.arm.prm else NOTHING,
-         _bytes(row.kv_distinct), _bytes(row.kv_logical))
+         *(percent(row.phases[phase]) if any(row.phases.values()) else NOTHING for phase in phases),
+         NOTHING if row.useful is None else percent(row.useful),
+         *(percent(row.wasted[reason]) if row.useful is not None else NOTHING for reason in reasons))
         for row in found
     ]  # fmt: skip
     note = (
-        "A problem: seconds of the run, and their split by what the engine did; the useful share of the FLOPs (each distinct step "
-        "computed once by each model) and what the rest was; tokens drawn, tokens the PRM read, and what reading every path anew "
-        "would have taken; keys and values of both models in the widest round, distinct and had every branch its own. A dash: not "
-        "counted (a replayed search has no clock)."
+        "Seconds of the run a problem, and their split by what the engine did; the useful share of the FLOPs (each distinct step "
+        "computed once by each model) and what the rest was. A dash: not counted (a replayed search has no clock). Columns that are "
+        "0 everywhere are left out."
     )
-    headings = (*ARM, "s", *(f"{phase}\n% of time" for phase in phases), "useful\n% of FLOPs",
-                *(f"{reason}\n%" for reason in reasons),
-                "tokens\ndrawn", "PRM\nread", "re-read\nwould be", "KV\ndistinct", "KV\nlogical")  # fmt: skip
-    return Sheet("ledger", "Where time, FLOPs and memory went", note, headings, tuple(rows), len(ARM))
+    headings = (*ARM, "s a\nproblem", *(f"{phase}\ntime %" for phase in phases), "useful\nFLOPs %",
+                *(f"{reason}\nFLOPs %" for reason in reasons))  # fmt: skip
+    return _without_zeros(Sheet("ledger", "Where time and FLOPs went", note, headings, tuple(rows), len(ARM)))
+
+
+def memory_sheet(study: Study) -> Sheet:
+    rows = [
+        (*_arm(row.arm), short(row.drawn), short(row.prm_read) if row.arm.prm else NOTHING,
+         short(row.prm_reread) if row.arm.prm else NOTHING, _bytes(row.kv_distinct), _bytes(row.kv_logical))
+        for row in ledger_rows(study)
+    ]  # fmt: skip
+    note = (
+        "A problem: tokens drawn, tokens the PRM read, and what reading every path anew would have taken; keys and values of both "
+        "models in the round in which the branches held most, each step once, and had every branch its own."
+    )
+    headings = (*ARM, "tokens\ndrawn", "PRM\nread", "re-reading\nwould read", "KV, each\nstep once", "KV, each\nbranch alone")
+    return _without_zeros(Sheet("memory", "Tokens, keys and values", note, headings, tuple(rows), len(ARM)))
 
 
 def source_sheet(study: Study) -> Sheet:
     rows = [
-        (harmless(Path(one.name).name), *_arm(one.arm), str(one.seed), str(one.problems), str(one.failed), one.arm.made,
-         harmless(one.dtype), harmless(one.at), harmless(one.version))
+        (*_arm(one.arm), _name(Path(one.name).name), str(one.seed), str(one.problems), str(one.failed), one.arm.made,
+         _name(one.dtype), _name(one.at), _name(one.version))
         for one in study.sources
     ]  # fmt: skip
-    headings = ("run", *ARM, "seed", "problems", "failed", "made", "dtype", "at", "tts-engine")
-    return Sheet("runs", "The runs", "What this page was made from.", headings, tuple(rows), 4)
+    headings = (*ARM, "run", "seed", "problems", "failed", "made", "dtype", "at", "tts-engine")
+    return Sheet("runs", "The runs", "What this page was made from.", headings, tuple(rows), 5)
 
 
 def show(sheet: Sheet, screen: Console) -> None:
@@ -221,11 +230,17 @@ ARM = ("policy", "PRM", "method", "n")
 
 
 def _arm(arm: Arm) -> tuple[str, str, str, str]:
-    return harmless(arm.policy), _prm(arm.prm), harmless(arm.method), str(arm.n)
+    return _name(arm.policy), _prm(arm.prm), _name(arm.method), str(arm.n)
 
 
 def _prm(prm: str | None) -> str:
-    return NOTHING if prm is None else harmless(prm)
+    return NOTHING if prm is None else _name(prm)
+
+
+def _name(text: str) -> str:
+    """On one line, and not endless."""
+    text = " ".join(harmless(text).split())
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def _share(share: Share, alike: bool) -> str:
@@ -247,8 +262,9 @@ def _times(ratio: float) -> str:
 def _factor(factor: Factor | None) -> str:
     if factor is None:
         return NOTHING
-    interval = f"{'0' if factor.low is None else figures(factor.low)} to {'any' if factor.high is None else figures(factor.high)}"
-    told = "never there" if not factor.reached else "cannot tell" if factor.estimate is None else _times(factor.estimate)
+    low, high = (None if bound is None else figures(bound) for bound in (factor.low, factor.high))
+    interval = f"{low} to {high}" if low and high else f"from {low}" if low else f"up to {high}" if high else "anything"
+    told = "not reached" if not factor.reached else "cannot tell" if factor.estimate is None else _times(factor.estimate)
     return f"{told} ({interval})"
 
 
@@ -257,14 +273,16 @@ def _winner(row: Winner | None) -> str:
         return NOTHING
     if row.best is None:
         return f"none\n0.0 of {row.problems}"
-    ties = (
-        "\nall tied"
-        if len(row.tied) == row.rivals - 1 > 0
-        else f"\ntied: {', '.join(arm.method for arm in row.tied)}"
-        if row.tied
-        else ""
-    )
-    return harmless(f"{row.best.method}{ties}\n{percent(row.accuracy)} of {row.problems}")
+    names = ", ".join(dict.fromkeys(_name(arm.method) for arm in row.tied))
+    ties = "all tied" if len(row.tied) == row.rivals - 1 else f"tied: {names}" if names else "ahead of all"
+    return f"{_name(row.best.method)}\n{ties}\n{percent(row.accuracy)} of {row.problems}"
+
+
+def _without_zeros(sheet: Sheet) -> Sheet:
+    """Without columns that say nothing of anybody."""
+    kept = [i for i in range(len(sheet.headings)) if i < sheet.labels or {row[i] for row in sheet.rows} - {"0", "0.0", NOTHING}]
+    rows = tuple(tuple(row[i] for i in kept) for row in sheet.rows)
+    return replace(sheet, headings=tuple(sheet.headings[i] for i in kept), rows=rows)
 
 
 def _bytes(count: float) -> str:

@@ -53,8 +53,8 @@ def replay(
     """What searching `problem` with `method` would have given, from the `nodes` that a search with `made` and `seed` drew.
 
     engine: holds the models that drew and scored; it computes nothing here, but knows what they would compute. The ledger is that
-    of this search alone: what an ideal executor computes and the steps that were drawn again, without padding, nothing evicted and
-    nothing read a second time. It has no clock: its seconds are 0. Raises StrategyError where a replay cannot be exact.
+    of this search alone as an ideal executor runs it: no padding, nothing evicted, nothing drawn or read a second time. It has no
+    clock: its seconds are 0. Raises StrategyError where a replay cannot be exact.
     """
     refuse_unless_exact(made, method)
     what = f"problem {problem.id} cannot be replayed as {method.name} n={method.n}"
@@ -96,16 +96,15 @@ def replay(
 
 
 def policy_ledger(nodes: Sequence[Branch], voted: Sequence[Branch], policy: Policy) -> PolicyLedger:
-    """What drawing these steps costs, parents first: what an ideal executor computes, and steps that were drawn again."""
+    """What drawing these steps costs an ideal executor, parents first."""
     ledger, prompt = PolicyLedger(), len(nodes[0].path[0].tokens)
     steps = DistinctSteps(prompt)
     for node in nodes:
         assert node.parent is not None, "the prompt is no step"
         steps.add(node.identity, node.parent.identity, node.tokens)
-    once, again = steps.drawn_once(), steps.drawn_again()
-    for work in (once, again):
-        policy.runner.charge(ledger, work, policy.runner.decoder.spec.lm_head_flops)
-    ledger.ideal_flops, ledger.duplicate_flops = policy.flops(once), policy.flops(again)
+    once, _ = steps.drawn()
+    policy.runner.charge(ledger, once, policy.runner.decoder.spec.lm_head_flops)
+    ledger.ideal_flops = policy.flops(once)
     ledger.hold(steps.widest_round(), policy.runner.token_bytes)
     parents = {node.parent.identity for node in nodes if node.parent is not None}
     ledger.tokens_generated = sum(len(node.tokens) for node in nodes)
