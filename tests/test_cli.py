@@ -109,6 +109,14 @@ def shell(*argv, **how):
         (["rescore", "no/such/run"], "arguments are required: --prm"),
         (["rescore", "no/such/run", "--prm", "prm-good"], "no/such/run/run.json cannot be read: No such file"),
         (["rescore", "no/such/run", "--prm", "prm-good", "--n", "4"], "unrecognized arguments: --n 4"),
+        (["diagnose"], "arguments are required: RUN|FILE"),
+        (["diagnose", "no/such/run"], "no/such/run/run.json cannot be read: No such file"),
+        (["diagnose", "no/such/run", "--prm", "prm-good"], "no/such/run cannot be read: No such file"),
+        (["diagnose", __file__], "is no run and holds no scores: give --prm"),
+        (["diagnose", __file__, "--prm", "prm-good"], "line 1 is not JSON"),
+        (["diagnose", __file__, "--kv-bytes", "1M"], "--kv-bytes is for a PRM that reads now: give --prm"),
+        (["diagnose", "no/such/run", "--threshold", "1.5"], "'1.5' is not a number of at least 0 and at most 1"),
+        (["diagnose", "no/such/run", "--out", "/dev"], "--out /dev is a directory, not a file"),
         (["convert", "no/such/place"], "arguments are required: DST"),
         (["convert", "no/such/place", "OUT"], "no/such/place is not a directory"),
         (["convert", "/dev/null", "OUT"], "/dev/null is not a directory"),
@@ -158,6 +166,7 @@ def test_a_problem_too_long_for_the_model_is_one_sentence(run, given):
         "fit",
         "score",
         "rescore",
+        "diagnose",
         "convert",
         "info",
         "bench",
@@ -379,6 +388,23 @@ def test_a_run_is_scored_again_and_read_by_another_prm(run, given, models, tmp_p
     assert (code, shown) == (2, "") and "was made with prm." in err and err.count("\n") == 1
     code, shown, err = run("rescore", source, "--prm", models / "prm", "--out", source)
     assert (code, shown) == (2, "") and "is the run itself" in err and err.count("\n") == 1
+
+
+def test_a_run_and_a_file_are_diagnosed(run, given, models, tmp_path):
+    source, file = tmp_path / "run", tmp_path / "solutions.jsonl"
+    task = ["--task", "embedded", "--split", "calibration", "--limit", 3]
+    assert run("eval", *given, *task, "--method", "best_of_n", "--n", 2, "--out", source)[0] == 0
+    code, shown, err = run("diagnose", source, "--json")
+    told = json.loads(shown.splitlines()[-1])
+    assert (code, err) == (0, "") and told.pop("out") == str(source / "diagnostics.json")
+    assert told == json.loads((source / "diagnostics.json").read_text()) and told["subject"]["source"] == "run"
+    assert f"{told['problems']} problems, {told['solutions']} solutions" in shown and "steps by length" in shown
+    file.write_text(json.dumps({"id": "1", "problem": "a=1+1;a?", "steps": ["a=1+1=3", "\\boxed{3}"], "label": 0}) + "\n")
+    code, shown, err = run("diagnose", file, "--prm", models / "prm", "--threshold", 0.4, "-o", tmp_path / "told.json", "--json")
+    told = json.loads(shown.splitlines()[-1])
+    assert (code, err, told["first_errors"], told["agreement"]["threshold"]) == (0, "", 1, 0.4)
+    assert told.pop("out") == str(tmp_path / "told.json") and told == json.loads((tmp_path / "told.json").read_text())
+    assert run("diagnose", source, "--prm", models / "prm")[0] == 0 and not (tmp_path / "diagnostics.json").exists()
 
 
 def test_a_record_that_says_otherwise_is_told_and_a_damaged_one_refused(run, given, tmp_path):

@@ -87,7 +87,7 @@ def diagnose_run(
     """
     description = read_description(directory)
     known = _programs(description)
-    judged: list[Judged] = []
+    of_id: dict[str, Judged] = {}
     methods: dict[str, str | None] = {}  # as told -> why its solutions are no independent draws
     failed, labelled, refused = 0, False, None
     with Grader() as grader:
@@ -103,8 +103,9 @@ def diagnose_run(
             program = known.get(stored.record["problem"])
             labels = None if program is None else _labels_of(program)
             labelled = labelled or labels is not None
-            judged.append(_judge(stored, steps, labels, grader))
+            of_id[stored.record["id"]] = _judge(stored, steps, labels, grader)
             methods[f"{stored.method.name} n={stored.method.n}"] = _no_draws(stored)
+    judged = [of_id[id] for id in sorted(of_id)]  # whatever order they finished in
     if not judged and refused is not None:
         raise refused
     if not judged:

@@ -79,57 +79,65 @@ def _first_error(one: FirstError) -> list[tuple[str, str, str]]:
     ]
 
 
-def _figures(title: str, rows: Sequence[tuple[str, ...]]) -> Table:
-    drawn = _table(title, ["", "%", ""], left=(0, 2))
-    for row in rows:
-        drawn.add_row(*map(Text, row))
-    return drawn
+def _figures(title: str, rows: Sequence[tuple[str, ...]]) -> RenderableType:
+    return _section(title, ["", "%", ""], rows, left=(0, 2))
 
 
-def _reliability(steps: Calibration) -> Table:
-    drawn = _table("steps by score", ["score", "steps", "mean score %", "good %"])
-    for one in steps.bins:
-        mean = "-" if one.mean_score is None else percent(one.mean_score)
-        drawn.add_row(*map(Text, (f"{one.low:g}-{one.high:g}", str(one.count), mean, _percent(one.true))))
-    return drawn
+def _reliability(steps: Calibration) -> RenderableType:
+    rows = [
+        (
+            f"{one.low:g}-{one.high:g}",
+            str(one.count),
+            "-" if one.mean_score is None else percent(one.mean_score),
+            _percent(one.true),
+        )
+        for one in steps.bins
+    ]
+    return _section("steps by score", ["score", "steps", "mean score %", "good %"], rows)
 
 
-def _by_length(length: Length) -> Table:
-    own = length.among_good
-    title = f"steps by length: rank correlation with the score {_number(length.correlation)}"
-    drawn = _table(title + (f", among good steps {_number(own)}" if own.value is not None else ""),
-                   ["tokens", "steps", "mean score %", "good %"])  # fmt: skip
-    for one in length.bins:
-        tokens = str(one.low) if one.low == one.high else f"{one.low}-{one.high}"
-        drawn.add_row(*map(Text, (tokens, str(one.steps), _percent(one.mean_score), _percent(one.good))))
-    return drawn
+def _by_length(length: Length) -> RenderableType:
+    """Behind the correlation of all steps that of good ones, where some are known."""
+    good = f", among good steps {_number(length.among_good)}" if length.among_good.value is not None else ""
+    title = f"steps by length: rank correlation with the score {_number(length.correlation)}{good}"
+    rows = [
+        (
+            str(one.low) if one.low == one.high else f"{one.low}-{one.high}",
+            str(one.steps),
+            _percent(one.mean_score),
+            _percent(one.good),
+        )
+        for one in length.bins
+    ]
+    return _section(title, ["tokens", "steps", "mean score %", "good %"], rows)
 
 
-def _choice(choice: Choice) -> Table:
+def _choice(choice: Choice) -> RenderableType:
     """One line a rule: its accuracy at every n."""
     sizes = list(dict.fromkeys(point.n for point in choice.curve))
-    title = f"choosing: pass@1 {_percent(choice.pass_at_1)} %, pass@{choice.n} {_percent(choice.any_right)} %"
-    drawn = _table(title, ["rule", *(f"n={n}" for n in sizes), "gain over pass@1", "by the last doubling", "promised"])
+    rows = []
     for gain in choice.gains:
         points = [point for point in choice.curve if point.rule == gain.rule]
         promised = points[-1].promised
-        cells = [*(percent(point.accuracy.value or 0.0) for point in points), _points(gain.gain), _points(gain.last_doubling),
-                 "" if promised is None else _percent(promised)]  # fmt: skip
-        drawn.add_row(*map(Text, (gain.rule, *cells)))
-    return drawn
+        rows.append((gain.rule, *(_percent(point.accuracy, bounds=False) for point in points), _points(gain.gain),
+                     _points(gain.last_doubling), "" if promised is None else _percent(promised)))  # fmt: skip
+    title = f"choosing: pass@1 {_percent(choice.pass_at_1)} %, pass@{choice.n} {_percent(choice.any_right)} %"
+    return _section(title, ["rule", *(f"n={n}" for n in sizes), "gain over pass@1", "by the last doubling", "promised"], rows)
 
 
-def _table(title: str, headings: Sequence[str], left: Sequence[int] = (0,)) -> Table:
-    drawn = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+def _section(title: str, headings: Sequence[str], rows: Sequence[tuple[str, ...]], left: Sequence[int] = (0,)) -> RenderableType:
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for place, heading in enumerate(headings):
         drawn.add_column(heading, justify="left" if place in left else "right")
-    return drawn
+    for row in rows:
+        drawn.add_row(*map(Text, row))
+    return Group(Text(title), drawn, Text())
 
 
-def _percent(one: Estimate) -> str:
+def _percent(one: Estimate, bounds: bool = True) -> str:
     if one.value is None:
         return "-"
-    return percent(one.value, (one.low, one.high) if one.low is not None and one.high is not None else None)
+    return percent(one.value, (one.low, one.high) if bounds and one.low is not None and one.high is not None else None)
 
 
 def _points(one: Estimate) -> str:

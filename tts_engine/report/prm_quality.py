@@ -144,12 +144,12 @@ def calibration(problems: Sequence[Sequence[tuple[float, bool]]], what: str) -> 
     asked = [sheet.ask(bias, need), _ask_auc(sheet, owner, scores, truths.astype(bool), what)]
     asked += [sheet.share(true[b], counts[b], "no score falls here") for b in range(SCORE_BINS)]
     found = sheet.solve()
-    held, excess = sheet.table[:, counts], sheet.table[:, scored] - sheet.table[:, true]
+    excess = sheet.table[:, scored] - sheet.table[:, true]
     return Calibration(
         count=len(scores),
         true=int(truths.sum()),
         ece=float(abs(excess.sum(0)).sum() / len(scores)),
-        ece_by_luck=_ece_by_luck(excess, held),
+        ece_by_luck=_ece_by_luck(excess, len(scores)),
         bias=found[asked[0]],
         auc=found[asked[1]],
         bins=tuple(
@@ -165,12 +165,11 @@ def calibration(problems: Sequence[Sequence[tuple[float, bool]]], what: str) -> 
     )
 
 
-def _ece_by_luck(excess: Array, counts: Array, seed: int = 0) -> float:
-    """excess, counts [problems, bins]: what scores add up to beyond what came true, and how many they are. The 95th percentile of
-    ECE where each problem's departure from its bins' means is as likely up as down, and those means are 0."""
-    departure = excess - counts * excess.sum(0) / np.maximum(counts.sum(0), 1)
+def _ece_by_luck(excess: Array, count: int, seed: int = 0) -> float:
+    """excess [problems, bins]: by how much scores add up to more than what came true; count: of all scores. The 95th percentile of
+    ECE where each problem's excess is as likely above 0 as below, which is so where scores are calibrated."""
     signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(LUCK, len(excess)))
-    return float(np.quantile(abs(signs @ departure).sum(1) / counts.sum(), 0.95))
+    return float(np.quantile(abs(signs @ excess).sum(1) / count, 0.95))
 
 
 def _ask_auc(sheet: "_Sheet", owner: Array, scores: Array, truths: Array, what: str) -> int:
@@ -426,8 +425,8 @@ def _signs(length: Length, steps: Calibration | None, choice: Choice | None) -> 
     if steps is not None:
         signs["confidence"] = _sign(steps.bias, "scores too high: error neglect", "scores too low: over-criticism")
     if choice is not None:
-        falling = [gain.rule for gain in choice.gains if _sign(gain.last_doubling, "", "falls") == "falls"]
-        signs["over-optimisation"] = f"more draws make {', '.join(falling)} worse" if falling else "of no rule"
+        worse = [one.rule for one in choice.gains if "-" in (_sign(change, "+", "-") for change in (one.gain, one.last_doubling))]
+        signs["over-optimisation"] = f"more draws make {', '.join(worse)} worse" if worse else "no rule is seen to get worse"
     return signs
 
 
@@ -509,7 +508,7 @@ class _Sheet:
             low, high = boots.interval()
             problems = int(bringing.any(1).sum())
             if fewest < FEWEST:
-                why = f"only {fewest} problems stand behind it, too few for an interval"
+                why = f"too few problems for an interval: {fewest}"
                 found[place] = Estimate(value=boots.estimate, problems=problems, why=why)
             else:
                 found[place] = Estimate(value=boots.estimate, low=max(low, least), high=min(high, most), problems=problems)
