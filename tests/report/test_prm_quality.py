@@ -64,6 +64,7 @@ def test_calibration_by_hand():
     assert out.ece == pytest.approx((1 * 0.2 + 2 * 0.3 + 1 * 0.1) / 4)
     assert out.bias.value == pytest.approx((2.7 - 2) / 4) and out.bias.problems == 2
     assert out.auc.value == pytest.approx((1 + 0.5 + 1 + 1) / 4)  # .8 ties with .8
+    assert out.auc_within.value == 1.0 and out.auc_within.problems == 2
     assert [one.count for one in out.bins] == [0, 0, 1, 0, 0, 0, 0, 0, 2, 1]
     assert (out.bins[8].mean_score, out.bins[8].true.value, out.bins[8].true.problems) == (pytest.approx(0.8), 0.5, 2)
     assert out.bins[0].mean_score is None and out.bins[0].true.value is None and out.bins[0].true.why == "no score falls here"
@@ -76,10 +77,20 @@ def test_a_score_on_an_edge_is_in_the_bin_above_it(edge):
     assert [place for place, one in enumerate(out.bins) if one.count] == [min(edge, 9)]
 
 
+def test_within_a_problem_by_hand():
+    """Who only knows which problems are hard is no better than chance within one."""
+    hard, easy = [(0.3, False), (0.3, False), (0.3, True)], [(0.9, True), (0.9, False), (0.9, True)]
+    out = calibration([hard, easy, [(0.1, True)]], "step")
+    assert out.auc_within.value == 0.5 and out.auc_within.problems == 2
+    assert calibration([[(0.3, True), (0.5, False), (0.6, True), (0.5, True)]], "step").auc_within.value == (0 + 1 + 0.5) / 3
+    assert calibration([hard, easy], "step").auc.value == (2 * (2 + 0.5) + (2 * 0.5 + 0)) / 9
+
+
 @pytest.mark.parametrize(("truth", "why"), [(True, "no solution is wrong"), (False, "no solution is right")])
 def test_of_one_kind_alone_there_is_no_auc(truth, why):
     out = calibration([[(0.3, truth), (0.4, truth)]] * 9, "solution")
     assert out.auc.value is out.auc.low is out.auc.high is None and out.auc.why == why
+    assert out.auc_within.value is None and out.auc_within.why == "no problem has both kinds of solutions"
     assert out.bias.value == pytest.approx(0.35 - truth)
 
 

@@ -45,7 +45,8 @@ class Calibration:
     ece: over SCORE_BINS equally wide bins, the mean distance between mean score and share, bins weighted by their scores. Luck
     alone keeps it above 0: ece_by_luck is what a calibrated PRM stays below in 95 % of such samples. bias: mean score minus share,
     above 0 where scores are too high.
-    auc: how often a true one outscores a false one, ties counting half.
+    auc: how often a true one outscores a false one, ties counting half. auc_within: the same among pairs of one problem, where it
+    does not help to know which problems are hard; a search compares within a problem.
     """
 
     count: int
@@ -54,6 +55,7 @@ class Calibration:
     ece_by_luck: float
     bias: Estimate
     auc: Estimate
+    auc_within: Estimate
     bins: tuple[ScoreBin, ...]
 
 

@@ -48,6 +48,7 @@ def headline(found: Diagnostics) -> str:
 def _scores(one: Calibration) -> list[tuple[str, str, str]]:
     return [
         ("AUC", _percent(one.auc), _behind(one.auc)),
+        ("AUC within a problem", _percent(one.auc_within), _behind(one.auc_within)),
         ("calibration error (ECE)", percent(one.ece), f"a calibrated PRM stays below {percent(one.ece_by_luck)} in 95 of 100"),
         ("mean score minus share", _points(one.bias), _behind(one.bias)),
     ]

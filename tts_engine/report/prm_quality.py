@@ -142,6 +142,8 @@ def calibration(problems: Sequence[Sequence[tuple[float, bool]]], what: str) -> 
 
     need = {every: f"there is no {what}"}
     asked = [sheet.ask(bias, need), _ask_auc(sheet, owner, scores, truths.astype(bool), what)]
+    wins, pairs = zip(*map(_wins, problems), strict=True)
+    asked.append(sheet.share(sheet.column(wins), sheet.column(pairs), f"no problem has both kinds of {what}s"))
     asked += [sheet.share(true[b], counts[b], "no score falls here") for b in range(SCORE_BINS)]
     found = sheet.solve()
     excess = sheet.table[:, scored] - sheet.table[:, true]
@@ -152,13 +154,14 @@ def calibration(problems: Sequence[Sequence[tuple[float, bool]]], what: str) -> 
         ece_by_luck=_ece_by_luck(excess, len(scores)),
         bias=found[asked[0]],
         auc=found[asked[1]],
+        auc_within=found[asked[2]],
         bins=tuple(
             ScoreBin(
                 low=b / SCORE_BINS,
                 high=(b + 1) / SCORE_BINS,
                 count=int((at == b).sum()),
                 mean_score=float(scores[at == b].mean()) if (at == b).any() else None,
-                true=found[asked[2 + b]],
+                true=found[asked[3 + b]],
             )
             for b in range(SCORE_BINS)
         ),
@@ -189,6 +192,12 @@ def _ask_auc(sheet: "_Sheet", owner: Array, scores: Array, truths: Array, what: 
     return sheet.ask(
         lambda means: means[..., wins] / means[..., trues] + means[..., losses] / means[..., falses] - area, needs, bounds=(0, 1)
     )
+
+
+def _wins(pairs: Sequence[tuple[float, bool]]) -> tuple[float, int]:
+    """Of all pairs of a true one and a false one those in which the true one has the higher score; ties count half."""
+    true, false = ([score for score, truth in pairs if truth is kind] for kind in (True, False))
+    return float(_placement(np.array(true), np.sort(false)).sum() * len(false)), len(true) * len(false)
 
 
 def _placement(scores: Array, among: Array) -> Array:
