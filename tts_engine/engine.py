@@ -342,9 +342,9 @@ class Engine:
                 search.driver.answer(ask, [])
 
     def _cost(self, search: _Search) -> Cost:
-        """What the search has asked for by now, see Ledger.asked_flops."""
-        drawn = [search.drawing.steps.drawn_once(), search.drawing.steps.drawn_again()]
-        cost = Cost(sum(work.tokens for work in drawn), sum(self.policy.flops(work) for work in drawn))
+        """What an ideal executor would have computed for the search by now: that much follows from its tree alone."""
+        drawn, _ = search.drawing.steps.drawn()
+        cost = Cost(drawn.tokens, self.policy.flops(drawn))
         if self.scorer is not None and search.scoring is not None:
             read = search.scoring.steps.read_once(self.scorer.spec.read_at)
             cost = Cost(cost.tokens + read.tokens, cost.flops + self.scorer.flops(read))

@@ -7,9 +7,9 @@ batch, and are then weighed anew. Nobody is given what would, at that rate, cost
 the rest end with the answers they have. What is spent can differ from the budget by what the last round's draws cost more, or
 less, than those before them.
 
-Who goes on depends on draws, scores and their costs alone, and costs in tokens and FLOPs follow from what was drawn, see ledger.py:
-tokens that an ideal executor computes, and those of steps that came out again. So the same searches are given the same whatever
-runs beside what. Seconds depend on the machine and its mood, and what they buy with them.
+Who goes on depends on draws, scores and their costs alone, and costs in tokens and FLOPs are those of an ideal executor, see
+ledger.py, which follow from what was drawn. So the same searches are given the same whatever runs beside what; what is executed is
+more by what a later batch draws again. Seconds depend on the machine and its mood, and what they buy with them.
 """
 
 import math
