@@ -20,6 +20,7 @@ from typing import Any, NoReturn, get_args
 from .embedded import BLOCK_SIZE, MODELS, NAMES, model_path
 from .errors import EngineError
 from .kv.budget import read_bytes
+from .report.diagnostics import THRESHOLD
 from .report.versions import package_version
 from .search import METHODS, PRESETS, Method, make_method
 from .search.rules import Grouping
@@ -216,7 +217,7 @@ def make_parser() -> Parser:
     text = "who reads the steps now: a name, a directory or a hub id (default: a run's own scores are told of)"
     diagnose.add_argument("--prm", metavar="Q", help=text)
     text = "score from which on a step is called good (default %(default)s)"
-    diagnose.add_argument("--threshold", type=fraction, default=0.5, metavar="S", help=text)
+    diagnose.add_argument("--threshold", type=fraction, default=THRESHOLD, metavar="S", help=text)
     text = "for the figures (default: diagnostics.json in a run whose own scores are told of, else none)"
     diagnose.add_argument("-o", "--out", type=Path, metavar="FILE", help=text)
     add_engine_options(diagnose.add_argument_group("engine, beside --prm"), READING_OPTIONS)

@@ -196,7 +196,7 @@ def _ask_auc(sheet: "_Sheet", owner: Array, scores: Array, truths: Array, what: 
 
 def _wins(pairs: Sequence[tuple[float, bool]]) -> tuple[float, int]:
     """Of all pairs of a true one and a false one those in which the true one has the higher score; ties count half."""
-    true, false = ([score for score, truth in pairs if truth is kind] for kind in (True, False))
+    true, false = ([score for score, truth in pairs if truth == kind] for kind in (True, False))
     return float(_placement(np.array(true), np.sort(false)).sum() * len(false)), len(true) * len(false)
 
 
