@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
@@ -253,6 +254,13 @@ void store_rows(uintptr_t rows, int64_t stride, uintptr_t to, int64_t bytes, con
   tts::store_rows(address<const void>(rows), stride, address<void>(to), bytes, slot, slots.size());
 }
 
+void copy_blocks(const std::vector<uintptr_t>& tables, int64_t bytes, const Array<int32_t>& moves) {
+  if (moves.ndim() != 2 || moves.shape(1) != 2) throw std::invalid_argument("moves must be [moves, 2]");
+  for (uintptr_t table : tables)
+    for (py::ssize_t i = 0; i < moves.shape(0); ++i)
+      std::memcpy(address<char>(table) + moves.at(i, 1) * bytes, address<char>(table) + moves.at(i, 0) * bytes, bytes);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -290,6 +298,7 @@ PYBIND11_MODULE(_C, module) {
       .def("extent", &KVTree::extent)
       .def_property_readonly("evicted", &KVTree::evicted)
       .def_property_readonly("refused", &KVTree::refused)
+      .def_property_readonly("needed", &KVTree::needed)
       .def("counts",
            [](const KVTree& tree) {
              const tts::Counts now = tree.counts();
@@ -372,4 +381,5 @@ PYBIND11_MODULE(_C, module) {
              py::arg("positions").noconvert(), py::arg("num_threads"));
   module.def("store_rows", store_rows, py::arg("rows"), py::arg("stride"), py::arg("to"), py::arg("bytes"),
              py::arg("slots").noconvert());
+  module.def("copy_blocks", copy_blocks, py::arg("tables"), py::arg("bytes"), py::arg("moves").noconvert());
 }

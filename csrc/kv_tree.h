@@ -153,6 +153,7 @@ class KVTree {
   int64_t refused() const noexcept { return refused_; }
   Counts counts() const noexcept;
   int64_t available() const noexcept { return static_cast<int64_t>(free_.size()) + idle_; }
+  int64_t needed() const noexcept { return filling_ + pinned_; }
   void check() const;  // recounts everything; std::logic_error with a sentence if the books are wrong
 
   // Slots (block * block_size + offset) of whole batches, into the caller's buffers.

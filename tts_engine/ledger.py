@@ -58,6 +58,11 @@ class Work:
         self.reads += reads
         self.read_pairs += read_pairs
 
+    def add_through(self, start: int, count: int) -> None:
+        """So many tokens behind `start` others, nothing drawn behind them."""
+        self.tokens += count
+        self.pairs += pairs(start, count)
+
     def add_drawn(self, start: int, count: int) -> None:
         """So many tokens behind `start` others, with something drawn behind each."""
         seen = pairs(start, count)

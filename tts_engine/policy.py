@@ -60,6 +60,7 @@ class DrawContext:
     score_of: Callable[[Branch], float | None] = lambda child: None
     nodes: dict[int, int] = field(default_factory=dict)  # by identity: the step's node, all above it computed; or a stale handle
     steps: DistinctSteps = field(init=False)  # those that closed
+    work: Work = field(default_factory=Work)  # done since it was last counted
     ventured: dict[int, int] = field(default_factory=dict)  # by identity of a step: FLOPs behind it for guesses alone
 
     def __post_init__(self) -> None:
@@ -90,7 +91,7 @@ class _Row:
     computed: int = 0  # leading tokens that were computed in earlier leases
     text: str = ""  # once its step is whole
     finish: Finish | None = None
-    flops: int = 0  # of a guess whose step is whole
+    flops: int = 0  # of a guess that decodes no longer
 
 
 @dataclass(slots=True, eq=False)
@@ -385,17 +386,17 @@ class Policy:
             for row in reversed(rows):
                 self._preempt(row)
 
-    def _give_up(self, row: _Row) -> int:
+    def _give_up(self, row: _Row) -> None:
         """A row that is no longer among the others gives up its lease: to the next one under it, who answers from here on for all
-        that was computed there, or to nobody. What it computed on its own account, in FLOPs."""
+        that was computed there, or to nobody."""
         heir = next((other for other in self._rows.owners if other.lease == row.lease), None)
         if heir is not None and not row.follows:
             heir.first, heir.skipped, heir.spared, heir.computed = row.first, row.skipped, row.spared, row.computed
             heir.follows, row.follows = False, True
-        flops = self._charge_lease(row) if row.tokens else 0  # none: its first ones are under way
+        if row.tokens:  # otherwise its first one is under way
+            self._charge_lease(row)
         if heir is None and row.lease != NO_NODE:
             self.runner.tree.release(row.lease)
-        return flops
 
     def _leave(self, leaving: list[tuple[_Row, int]]) -> None:
         """Close steps. Those that are equal to the last token have one lease, and are one node."""
@@ -446,7 +447,7 @@ class Policy:
         used = row.path_start - context.prompt_tokens + len(tokens)
         if finish is None and context.limits.step_room(used, context.prompt_tokens) <= 0:
             finish = Finish.LENGTH
-        row.flops = self._charge_lease(row)
+        self._charge_lease(row)
         if row.lease == NO_NODE:
             pass  # another needs what it had
         elif finish is None:
@@ -461,13 +462,13 @@ class Policy:
         step = context.steps.add(draw.identity, draw.branch.identity, tokens, spared=row.spared)
         step.computed = max(step.computed, step.written)
         context.ledger.tokens_generated += len(tokens)
-        self._pass_on(row, Branch(draw.branch, tokens, row.text, draw.identity, draw.lane, draw.draw, row.finish))
+        self._pass_on(row, Branch(draw.branch, tokens, row.text, draw.identity, draw.lane, draw.draw, row.finish), step.depth)
 
-    def _pass_on(self, row: _Row, child: Branch) -> None:
+    def _pass_on(self, row: _Row, child: Branch, depth: int) -> None:
         """Answer the ask with the child, or draw on where the whole trajectory was asked for."""
         context, answer = row.context, row.answer
         assert answer is not None, "nobody asked for this draw"
-        if row.draw.to_end and child.depth >= context.max_steps:
+        if row.draw.to_end and depth >= context.max_steps:
             child = child.ended(Finish.DEPTH)
         context.drawn(child)
         answer.close_step(child)
@@ -539,7 +540,7 @@ class Policy:
         for row in guesses:
             if row.lease != NO_NODE:
                 self._rows.keep([other is not row for other in self._rows.owners])
-                row.flops = self._give_up(row)
+                self._give_up(row)
             row.context.ledger.tokens_wasted += len(row.tokens)
             row.context.ledger.speculation_flops += row.flops
         if guesses:
@@ -602,6 +603,8 @@ class Policy:
 
     def count(self, context: DrawContext) -> None:
         """What of a search's costs follows from its tree, once all of it is drawn."""
+        self.runner.charge(context.ledger, context.work, self._head_flops)
+        context.work = Work()
         once, again = context.steps.drawn()
         context.ledger.ideal_flops, context.ledger.duplicate_flops = self.flops(once), self.flops(again)
         context.ledger.speculation_flops += sum(
@@ -620,43 +623,42 @@ class Policy:
         computed = list[DistinctStep]()
         for missing in batch.missing.values():
             step, start = missing.step, missing.step.start + missing.start
-            self._charge(missing.context, _through(start, step.tokens - missing.start))
+            missing.context.work.add_through(start, step.tokens - missing.start)
             if step.computed > missing.start:
                 self._charge_waste(missing.context, _through(start, step.computed - missing.start), missing.kept)
             computed.append(step)
         for number, row in batch.first.items():
             context, run = row.context, batch.runs[number]
-            read = _read(run.path_start + run.start + len(run.tokens) - 1, 1)
-            self._charge(context, read)
+            seen = run.path_start + run.start + len(run.tokens)
+            context.work.add(0, 0, 1, seen)
             if number in batch.missing:
                 step = context.steps[row.draw.branch.identity]
                 if step.computed == step.tokens:
-                    self._charge_waste(context, read, batch.missing[number].kept)
+                    self._charge_waste(context, Work(reads=1, read_pairs=seen), batch.missing[number].kept)
                 elif row.round is not None:
                     tail = _through(step.start + step.computed, step.tokens - step.computed)
-                    context.ventured[row.draw.branch.identity] = self.flops(tail) + self.flops(read)
+                    context.ventured[row.draw.branch.identity] = self.flops(tail) + self.flops(Work(reads=1, read_pairs=seen))
                 computed.append(step)
         for step in computed:
             step.computed = step.tokens
 
-    def _charge_lease(self, row: _Row) -> int:
-        """Count what a row computed since its lease began: every token but the newest, and the logits of what it drew; in FLOPs."""
-        context, start, written, before = row.context, row.path_start, len(row.tokens) - 1, row.context.ledger.flops
+    def _charge_lease(self, row: _Row) -> None:
+        """Count what a row computed since its lease began: every token but the newest, and the logits of what it drew."""
+        context, start, written = row.context, row.path_start, len(row.tokens) - 1
         if row.follows:
             row.spared = row.computed = written
-            return 0
-        skipped, first = row.skipped, max(row.first, row.skipped)
-        self._charge(context, _through(start + skipped, written - skipped))
+            return
+        skipped, drawn = row.skipped, Work()
+        drawn.add_through(start + skipped, written - skipped)
         # The first draw of a lease reads logits of the parent's run, or of the resuming run: counted in _charge_runs.
-        if written > first:
-            self._charge(context, _read(start + first, written - first))
+        if (reads := written - max(row.first, skipped)) > 0:
+            drawn.add(0, 0, reads, pairs(start + written - reads, reads))
+        context.work.add(drawn.tokens, drawn.pairs, drawn.reads, drawn.read_pairs)
+        if row.round is not None:
+            row.flops = self.flops(drawn)
         if row.computed > skipped:
             self._charge_waste(context, _through(start + skipped, min(row.computed, written) - skipped), kept=False)
         row.computed = max(row.computed, written)
-        return context.ledger.flops - before
-
-    def _charge(self, context: DrawContext, work: Work) -> None:
-        self.runner.charge(context.ledger, work, self._head_flops)
 
     def _charge_waste(self, context: DrawContext, work: Work, kept: bool) -> None:
         """Say of work that was counted that the search had done it before; kept: its keys and values were there."""
@@ -671,8 +673,3 @@ class Policy:
 def _through(start: int, count: int) -> Work:
     """Tokens behind `start` others, through the layers."""
     return Work(tokens=count, pairs=pairs(start, count))
-
-
-def _read(start: int, count: int) -> Work:
-    """Of such tokens behind which one is drawn, the rest of the last layer and the logits."""
-    return Work(reads=count, read_pairs=pairs(start, count))

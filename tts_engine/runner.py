@@ -125,7 +125,7 @@ class ModelRunner:
         layout = self.layout(segments)
         device = self.decoder.device
         given = (segments.token_ids, layout.positions, read_at)
-        ids, positions, reads = (torch.from_numpy(np.ascontiguousarray(x, np.int64)).to(device) for x in given)
+        ids, positions, reads = (torch.from_numpy(x).to(device) for x in given)
         plan = self.backend.plan(layout)
         read_plan = plan if len(read_at) == len(layout.positions) else self.backend.plan(layout.only(read_at))
         return self.decoder.forward(
@@ -134,9 +134,8 @@ class ModelRunner:
 
     def count_forwards(self, times: int) -> None:
         """Note forwards of those who hold or lease now."""
-        counts = self.tree.counts()
         self.forwards += times
-        self.blocks_read += times * (counts.pinned + counts.filling)
+        self.blocks_read += times * self.tree.needed
 
     def charge(self, ledger: ModelLedger, work: Work, head_flops: int) -> None:
         """Count work into a ledger; head_flops: of the head, for one hidden state that is read."""

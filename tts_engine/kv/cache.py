@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import _C  # type: ignore[attr-defined]
+
 
 class KVCache:
     """`k` and `v`: for each layer a tensor [slots, kv heads, head_dim]; slot = block * block_size + offset.
@@ -43,6 +45,9 @@ class KVCache:
 
     def copy(self, moves: np.ndarray) -> None:
         """Copy whole blocks; moves int32 [M, 2], from one number to another, no number twice."""
+        if self.k[0].device.type == "cpu":
+            block_bytes = self.k[0][: self.block_size].nbytes
+            return _C.copy_blocks([table.data_ptr() for table in self.tables], block_bytes, moves)
         source, target = torch.from_numpy(moves.T.astype(np.int64)).to(self.k[0].device)
         for table in self.tables:
             blocks = table.view(self.num_blocks, -1)

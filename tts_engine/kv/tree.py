@@ -152,6 +152,11 @@ class KVTree:
         """Blocks that can be had: free ones and idle ones."""
         return self._tree.available()
 
+    @property
+    def needed(self) -> int:
+        """Blocks that somebody stands on: filling and pinned ones."""
+        return self._tree.needed
+
     def has_room(self, num_blocks: int) -> bool:
         """Whether so many blocks can be had; if not, that counts among `refused`."""
         return self._tree.has_room(num_blocks)
