@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip
 
-.PHONY: demo test faults soak bench kernels gpu
+.PHONY: demo test faults soak bench study kernels gpu
 
 demo: .venv/.installed
 	.venv/bin/tts-engine demo
@@ -19,6 +19,9 @@ soak: .venv/.installed
 
 bench: .venv/.installed
 	.venv/bin/python -m pytest -q bench
+
+study: .venv/.installed
+	.venv/bin/python bench/study/study.py
 
 kernels: .venv/.installed
 	.venv/bin/python -m tts_kernels.compiled

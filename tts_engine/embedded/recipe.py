@@ -51,7 +51,7 @@ PRMS = {
     )
 }
 # What only the study takes, and the package does not ship. Of the middle policy the same start, problems and budget, other traces;
-# a PRM on the small policy, its learning rates higher as that policy's are.
+# a PRM on the small policy, its learning rates higher and its budget smaller.
 STUDY_POLICIES = {
     p.name: p
     for p in (
@@ -63,7 +63,7 @@ STUDY_PRMS = {
     p.name: p
     for p in (
         PRMRecipe(name="prm-small", family="qwen2.5-math-prm", trained_on="samples and drill", seed=4,
-                  legs=((2_000_000, 3e-3), (7_000_000, 2.4e-3), (3_000_000, 8e-4)), start="policy-s"),
+                  legs=((1_500_000, 3e-3), (4_500_000, 2.4e-3), (2_000_000, 8e-4)), start="policy-s"),
     )
 }  # fmt: skip
 STUDY_CHECKPOINTS = ("prm-good", (1_500_000, 3_000_000, 6_000_000, 9_000_000))  # whose training is saved, after how many tokens
