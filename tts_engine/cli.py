@@ -530,6 +530,7 @@ def run_diagnose(args: argparse.Namespace) -> int:
 def run_report(args: argparse.Namespace) -> int:
     from .gather import diagnosed, gather
     from .report.comparison import as_dict
+    from .report.diagnostics_table import diagnostics_table
     from .report.page import make_report, write_report
     from .report.sheets import SPARED, show
 
@@ -540,6 +541,8 @@ def run_report(args: argparse.Namespace) -> int:
     for sheet in report.sheets:
         if sheet.name not in SPARED:
             show(sheet, screen)
+    for found in report.diagnostics:
+        screen.print("", diagnostics_table(found))
     file = write_report(report, out)
     for note in study.notes:
         print(one_line(note), file=sys.stderr)

@@ -17,12 +17,13 @@ from .tasks.grader import Grader
 def gather(directories: Sequence[Path], difficulty: Sequence[Path] = ()) -> Study:
     """The runs in these directories, a sweep standing for all of its own, as a report compares them.
 
-    difficulty: majority or best-of-N runs of the same problems with another seed, one a policy, that say how hard they are for it.
-    Raises RunError or StrategyError, one sentence.
+    difficulty: majority or best-of-N runs of the same problems with another seed, one a policy, that say how hard they are for it;
+    a sweep's pilots do anyway. Raises RunError or StrategyError, one sentence.
     """
     texts: dict[str, str] = {}
     runs = [read(directory, texts) for directory in unfolded(directories)]
-    return study(runs, texts, [bins_of(source, runs) for source in difficulty])
+    pilots = [pilot for directory in directories if is_sweep(directory) for pilot in read_sweep(directory, pilots=True)]
+    return study(runs, texts, [bins_of(source, runs) for source in (*pilots, *difficulty)])
 
 
 def diagnosed(directories: Sequence[Path], files: Sequence[Path] = ()) -> list[diagnostics.Diagnostics]:

@@ -251,12 +251,13 @@ def _told(run: RunRead) -> _Told:
     try:
         task, method, engine = (run.description[part] for part in ("task", "method", "engine"))
         policy, prm = (run.description[part] for part in ("policy", "prm"))
-        made = "rescored" if "rescores" in run.description else "replayed" if "replays" in run.description else "searched"
+        made = run.description["derived"]["made"] if "derived" in run.description else "searched"  # by a sweep, from another cell
+        made = "rescored" if "rescores" in run.description else made
         settings = _flat({key: value for key, value in method.items() if key not in ("name", "n", "known")})
         settings |= _flat({key: engine[key] for key in TELLING if engine.get(key) is not None})
         told = _Told(task["name"], task["split"], (task["name"], task["split"], task["problems_sha256"]), policy, prm,
                      method["name"], method.get("n", 1), run.description["seed"], made, settings)  # fmt: skip
-        texts = [*told.problems, told.method, *(model["name"] for model in (policy, prm) if model is not None)]
+        texts = [*told.problems, told.method, told.made, *(model["name"] for model in (policy, prm) if model is not None)]
         sound = all(isinstance(text, str) for text in texts) and all(
             isinstance(count, int) and 0 <= count < 1 << 63 for count in (told.n, told.seed, policy["parameters"])
         )

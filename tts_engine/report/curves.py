@@ -141,13 +141,17 @@ def _drawn(
         grid = drawing.subplots(len(rows), columns, squeeze=False, sharey=True, sharex=alike)
         unit, look = unit_of(study), _Look(study)
         bounds = [bound for row in rows for panel in row for arm in panel.arms for bound in panel.share(arm).interval]
-        for axes_row, row in zip(grid, rows, strict=True):
-            padded = [*row, *[Panel("", [], _overall)] * (columns - len(row))]
-            for place, (axes, panel) in enumerate(zip(axes_row, padded, strict=True)):
-                if panel.arms:
-                    _panel(axes, panel, over, unit, look)
+        groups: dict[int, list[float]] = {}
+        for down, row in enumerate(rows):
+            for across, panel in enumerate(row):
+                groups.setdefault({"row": down, "col": across, "all": 0}[alike], []).extend(_places(panel, over, unit))
+        for down, row in enumerate(rows):
+            for across, axes in enumerate(grid[down]):
+                if across < len(row) and row[across].arms:
+                    places = sorted(set(groups[{"row": down, "col": across, "all": 0}[alike]]))
+                    _panel(axes, row[across], over, unit, look, places or [1.0])
                     axes.set_ylim(max(-MARGIN, 100 * min(bounds) - MARGIN), min(100 + MARGIN, 100 * max(bounds) + MARGIN))
-                    axes.set_ylabel("problems solved, %" if place == 0 else "")
+                    axes.set_ylabel("problems solved, %" if across == 0 else "")
                 else:
                     axes.set_axis_off()
         _legend(drawing, rows, look)
@@ -176,16 +180,28 @@ class _Look:
         return {"marker": MARKERS[place % len(MARKERS)], "markersize": SMALLEST + GROWTH * place}
 
 
-def _panel(axes: Any, panel: Panel, over: str, unit: Unit, look: _Look) -> None:
+def _place(arm: Arm, share: Share, over: str, unit: Unit) -> float:
+    """Where an arm stands on the axis of budgets; 0 for what cost nothing, which a logarithmic axis has no place for."""
+    return float(arm.n) if over == "n" else (share.gflop or 0.0) / unit.gflop
+
+
+def _places(panel: Panel, over: str, unit: Unit) -> list[float]:
+    return [at for arm in panel.arms if (at := _place(arm, panel.share(arm), over, unit)) > 0]
+
+
+def _panel(axes: Any, panel: Panel, over: str, unit: Unit, look: _Look, places: Sequence[float]) -> None:
+    """places: on the axis of budgets, those of all panels that have the same, in order."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     curves: dict[tuple[str, str, str | None], list[tuple[float, Share]]] = {}
     for arm in sorted(panel.arms, key=lambda arm: arm.n):
         share = panel.share(arm)
-        x = float(arm.n) if over == "n" else (share.gflop or 0.0) / unit.gflop
-        if share.accuracy is not None and x > 0:
-            curves.setdefault((arm.policy, arm.method, arm.prm), []).append((x, share))
+        at = _place(arm, share, over, unit)
+        if share.accuracy is not None and at > 0:
+            curves.setdefault((arm.policy, arm.method, arm.prm), []).append((at, share))
+    margin = (places[-1] / places[0]) ** 0.05 if places[-1] > places[0] else 3.0
     axes.set_xscale("log", base=2 if over == "n" else 10)
+    axes.set_xlim(places[0] / margin, places[-1] * margin)
     for (policy, method, _), points in curves.items():
         spent, solved = [at for at, _ in points], [100 * (share.accuracy or 0.0) for _, share in points]
         low, high = ([100 * share.interval[side] for _, share in points] for side in (0, 1))
@@ -197,13 +213,10 @@ def _panel(axes: Any, panel: Panel, over: str, unit: Unit, look: _Look) -> None:
         axes.plot(spent, solved, **line, **mark, markeredgecolor="white", markeredgewidth=0.6, zorder=3, clip_on=False)
         if method == "cot":
             axes.axhline(solved[0], color=line["color"], linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
-    places = sorted({at for points in curves.values() for at, _ in points}) or [1.0]
     if over == "n":
         axes.xaxis.set_major_locator(FixedLocator(_spread(places)))
     else:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if places[-1] < DENSE * places[0] else (1,)))
-    if len(places) == 1:
-        axes.set_xlim(places[0] / 3, places[0] * 3)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.tick_params(labelsize=8, labelleft=True, labelbottom=True)

@@ -171,8 +171,8 @@ def ledger_sheet(study: Study) -> Sheet:
     ]  # fmt: skip
     note = (
         "Seconds of the run a problem, and their split by what the engine did; the useful share of the FLOPs (each distinct step "
-        "computed once by each model) and what the rest was. A dash: not counted (a replayed search has no clock). Columns that are "
-        "0 everywhere are left out."
+        "computed once by each model) and what the rest was. A dash: not counted (a replayed search has no clock). Columns "
+        "that are 0 everywhere are left out."
     )
     headings = (*ARM, "s a\nproblem", *(f"{phase}\ntime %" for phase in phases), "useful\nFLOPs %",
                 *(f"{reason}\nFLOPs %" for reason in reasons))  # fmt: skip
@@ -196,7 +196,7 @@ def memory_sheet(study: Study) -> Sheet:
 def source_sheet(study: Study) -> Sheet:
     rows = [
         (*_arm(one.arm), _name(Path(one.name).name), str(one.seed), str(one.problems), str(one.failed), one.arm.made,
-         _name(one.dtype), _name(one.at), _name(one.version))
+         _name(one.dtype), _name(one.at.replace("T", " ")[:16]), _name(one.version))
         for one in study.sources
     ]  # fmt: skip
     headings = (*ARM, "run", "seed", "problems", "failed", "made", "dtype", "at", "tts-engine")
@@ -216,7 +216,7 @@ def show(sheet: Sheet, screen: Console) -> None:
     for part in parts:
         drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, GAP - 1, 0, 0))
         for i, (heading, cells) in enumerate([*labels, *part]):
-            drawn.add_column(heading, justify="left" if i < len(labels) else "right", vertical="bottom", overflow="fold",
+            drawn.add_column(Text(heading), justify="left" if i < len(labels) else "right", vertical="bottom", overflow="fold",
                              width=_width((heading, cells)) - GAP)  # fmt: skip
         for i, row in enumerate(zip(*(cells for _, cells in [*labels, *part]), strict=True)):
             last = i + 1 < len(sheet.rows) and sheet.rows[i + 1][0] != row[0]
