@@ -96,3 +96,18 @@ def test_a_problem_that_failed_is_told_by_the_exit_code(recipe, run, tmp_path):
     task.write_text("".join(json.dumps({"problem": problem, "answer": "1"}) + "\n" for problem in ("1+" * 600 + "1", "a=1+1;a?")))
     code, _, error = run("sweep", recipe(task=str(task), split="test"), "-o", tmp_path / "out")
     assert code == 1 and "3 times a problem could not be searched" in error
+
+
+def test_a_dry_run_tells_costs_and_makes_nothing(recipe, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, error = run("sweep", recipe(), "--dry-run", "--json")
+    told = json.loads(out.splitlines()[-1])
+    assert code == 0 and error == "" and told["missing"] == [] and "estimated, not measured" in out
+    assert [(cell["method"], cell["n"], cell["hours"] > 0) for cell in told["cells"]] == [
+        ("cot", 1, True), ("best_of_n", 2, True), ("best_of_n", 1, False)]  # fmt: skip
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, out, error = run("sweep", recipe(policies=["no-such/policy"]), "--dry-run", "--configs", tmp_path)
+    assert code == 1 and "0 cells" in out and error.startswith("no-such/policy is no local directory") and error.count("\n") == 1
+    code, _, error = run("sweep", recipe(), "--configs", tmp_path)
+    assert code == 2 and "--configs is for --dry-run" in error

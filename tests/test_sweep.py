@@ -91,7 +91,7 @@ def counted(record):
     """What was drawn, scored and held, and the cost that follows from it."""
     ledger = Ledger.from_dict(record["ledger"])
     names = ("tokens_generated", "tokens_unshared", "tokens_accepted", "steps_scored", "tokens_reread", "ideal_flops",
-             "duplicate_flops", "kv_distinct_bytes", "kv_logical_bytes")  # fmt: skip
+             "kv_distinct_bytes", "kv_logical_bytes")  # fmt: skip
     parts = {part: asdict(getattr(ledger, part)) for part in ("policy", "prm")}
     return {(part, name): own[name] for part, own in parts.items() for name in names if name in own} | {"all": ledger.asked_flops}
 

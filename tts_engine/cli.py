@@ -797,17 +797,21 @@ def show_choices(screen: Any, records: Sequence[dict[str, Any]], title: str) -> 
 
 def show_estimate(args: argparse.Namespace, recipe: Any) -> int:
     """What a sweep would cost; what could not be had is told on standard error."""
-    from .report.cost_table import cost_table
+    from .report.cost_table import cost_tables
+    from .report.text import figures
     from .sweep.estimate import assumptions, estimate
 
     found = estimate(recipe, args.configs)
     screen = console()
-    screen.print(cost_table(found.as_dict()["cells"], f"{args.recipe}: what it would cost"))
-    screen.print(assumptions(recipe.estimate), markup=False)
+    told = found.as_dict()
+    for drawn in cost_tables(told["cells"]):
+        screen.print(drawn)
+    hours = figures(sum(cost["hours"] for cost in told["cells"]))
+    screen.print(f"{args.recipe}: {len(told['cells'])} cells, {hours} hours; {assumptions(recipe.estimate)}", markup=False)
     for sentence in found.missing:
         print(one_line(sentence), file=sys.stderr)
     if args.json:
-        print(json.dumps(found.as_dict()))
+        print(json.dumps(told))
     return EXIT_FAILED if found.missing else 0
 
 

@@ -230,12 +230,6 @@ class ModelLedger:
         return self.flops - sum(self.wasted_flops.values())
 
     @property
-    def asked_flops(self) -> int:
-        """Those of a search that wastes nothing and finds nothing: each distinct step once, and each draw that came out as another
-        did. It follows from the tree alone, so it is the cost by which searches are compared, whatever executed them."""
-        return self.ideal_flops + self.duplicate_flops
-
-    @property
     def found_flops(self) -> int:
         """Those of the ideal executor that the search was spared: other searches had computed as much for it."""
         return self.ideal_flops - self.useful_flops
@@ -336,8 +330,9 @@ class Ledger:
 
     @property
     def asked_flops(self) -> int | None:
-        """Of both; None where that was not counted, in a record of an earlier version."""
-        return self.policy.asked_flops + self.prm.asked_flops if self.policy.ideal_flops else None
+        """What the ideal executor computes, policy and PRM together. It follows from what was drawn and scored alone, so it is the
+        cost by which searches are compared that were not executed alike; None in a record of an earlier version."""
+        return self.policy.ideal_flops + self.prm.ideal_flops if self.policy.ideal_flops else None
 
     @property
     def useful(self) -> float | None:

@@ -9,7 +9,7 @@ def short(number: float) -> str:
     >>> short(45_600_000)
     '45.6 M'
     """
-    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+    for size, unit in ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(number) >= 0.9995 * size:
             return f"{figures(number / size)}{unit}"
     return figures(number)

@@ -4,12 +4,12 @@ A searched cell begins with nothing in the cache. So what it executes and how lo
 ran before it and wherever a sweep was broken off. Each of them therefore reads the prompts anew: some hundred tokens a problem,
 where a search draws thousands. What is worth sharing, the draws, is shared by not being searched a second time.
 
-A cell that was replayed or rescored has the answers, scores and tree of a search of its own. Its ledger is that of a search that
-wastes nothing: what an ideal executor computes, and the steps that were drawn again. It has no clock; `seconds` are 0.
-`Ledger.flops` of a searched cell holds beside that what its executor wasted: rows that fill up a batch, tokens read again, computed
-again, or drawn ahead. Hence:
+A cell that was replayed or rescored has the answers, scores and tree of a search of its own. Its ledger is that of the ideal
+executor, which wastes nothing. It has no clock; `seconds` are 0. `Ledger.flops` of a searched cell holds beside that what its
+executor wasted: rows that fill up a batch, what was read, drawn or computed again, or drawn ahead. Hence:
 
-- `Ledger.asked_flops` follows from the tree alone. It is the cost to compare cells by, searched or not.
+- `Ledger.asked_flops`, policy and PRM by the ideal executor, follows from the tree alone. It is the cost to compare cells by,
+  searched or not.
 - `Ledger.flops`, and every time, say what this machine did, and are compared among searched cells only.
 
 Where a cell cannot be made from another without a difference, for a problem with a draw that the PRM has no room for, that problem
