@@ -274,6 +274,7 @@ PYBIND11_MODULE(_C, module) {
       .def("drop", &KVTree::drop, py::arg("node"))
       .def("set_computed", &KVTree::set_computed, py::arg("node"), py::arg("num_tokens"))
       .def("computed", &KVTree::computed, py::arg("node"))
+      .def("retire", &KVTree::retire, py::arg("nodes"))
       .def("num_tokens", &KVTree::num_tokens, py::arg("node"))
       .def("parent", &KVTree::parent, py::arg("node"))
       .def("path_len", &KVTree::path_len, py::arg("node"))

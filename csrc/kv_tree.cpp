@@ -352,11 +352,18 @@ void KVTree::unpin(int64_t handle) noexcept {
   }
 }
 
-void KVTree::touch(Node& node, int64_t handle) noexcept {
+void KVTree::touch(Node& node, int64_t handle) noexcept { use_at(node, handle, ++clock_); }
+
+void KVTree::use_at(Node& node, int64_t handle, int64_t time) noexcept {
   const bool listed = node.ticket.empty();
   if (listed) delist(node, handle);
-  node.last_use = ++clock_;
+  node.last_use = time;
   if (listed) enlist(node, handle);
+}
+
+void KVTree::retire(const std::vector<int64_t>& nodes) {
+  for (int64_t handle : nodes)
+    if (nodes_.is_live(handle)) use_at(nodes_[handle], handle, 0);
 }
 
 void KVTree::enlist(Node& node, int64_t handle) noexcept {

@@ -49,9 +49,13 @@ class Pool {
   T& operator[](int64_t handle) noexcept { return slots_[index(handle)].item; }
   const T& operator[](int64_t handle) const noexcept { return slots_[index(handle)].item; }
 
-  int64_t checked(int64_t handle) const {
+  bool is_live(int64_t handle) const noexcept {
     const size_t i = index(handle);
-    if (handle < 0 || i >= slots_.size() || !slots_[i].live || slots_[i].generation != handle >> 32)
+    return handle >= 0 && i < slots_.size() && slots_[i].live && slots_[i].generation == handle >> 32;
+  }
+
+  int64_t checked(int64_t handle) const {
+    if (!is_live(handle))
       throw std::invalid_argument("stale " + std::string(noun_) + " " + std::to_string(handle) +
                                   ": it was given back, evicted or never handed out");
     return handle;
@@ -128,6 +132,7 @@ class KVTree {
   void hold(int64_t node);
   void drop(int64_t node);
   void set_computed(int64_t node, int64_t num_tokens);
+  void retire(const std::vector<int64_t>& nodes);  // they go before all others; those that are gone are passed over
   int64_t computed(int64_t node) const { return nodes_[nodes_.checked(node)].computed; }
   int64_t num_tokens(int64_t node) const;
   int64_t parent(int64_t node) const { return nodes_[nodes_.checked(node)].parent; }
@@ -208,6 +213,7 @@ class KVTree {
   void pin(int64_t node) noexcept;
   void unpin(int64_t node) noexcept;
   void touch(Node& node, int64_t handle) noexcept;
+  void use_at(Node& node, int64_t handle, int64_t time) noexcept;
   void enlist(Node& node, int64_t handle) noexcept;
   void delist(Node& node, int64_t handle) noexcept;
   int64_t evict_oldest() noexcept;

@@ -125,9 +125,29 @@ def test_evicting_everything_between_ticks_changes_no_bit(models, alone, method)
     assert out.ledger.policy.tokens_recomputed > 0
 
 
+def crowded(engine):
+    """It begins searches whatever they may come to."""
+    engine.admission.expected = lambda *asked: 0
+    return engine
+
+
+@pytest.mark.parametrize("method", STEP_METHODS, ids=lambda method: method.name)
+def test_no_more_searches_are_under_way_than_keep_what_they_need(models, method):
+    """As much as one of them keeps and half as much again: nothing is computed twice but for the ends of steps."""
+    engine = load(models, deterministic=True)
+    results = {problem.id: engine.search(problem, method, seed=3)[0] for problem in PROBLEMS}
+    kept = engine.admission.expected(method, 1 << 60)
+    small = load(models, deterministic=True, kv_bytes=2 * kept)
+    small.admission.note(method, kept)
+    out, free = small.search(PROBLEMS, method, seed=3), crowded(load(models, deterministic=True, kv_bytes=2 * kept))
+    assert [essence(result) for result in out] == [essence(results[problem.id]) for problem in PROBLEMS]
+    thrashed = sum(result.ledger.policy.tokens_recomputed for result in free.search(PROBLEMS, method, seed=3))
+    assert sum(result.ledger.policy.tokens_recomputed for result in out) < thrashed / 2
+
+
 @by_name
 def test_a_budget_that_holds_little_more_than_one_branch_changes_no_bit(models, alone, method):
-    engine = load(models, deterministic=True, kv_bytes=tiny_pool(models, 27))
+    engine = crowded(load(models, deterministic=True, kv_bytes=tiny_pool(models, 27)))
     assert sum(runner.tree.num_blocks for runner in engine.runners) == 54
     out = engine.search(PROBLEMS[:3], method, seed=3)[0]
     assert essence(out) == essence(alone[method])
@@ -149,6 +169,8 @@ def test_any_memory_that_holds_one_branch_gives_the_same_bits(models, alone, met
     engine.search(PROBLEMS, method, seed=3)
     for share in (1.0, 0.5, 0.25, 0.12):
         engine = load(models, deterministic=True, kv_bytes=int(most * share))
+        assert essence(engine.search(PROBLEMS, method, seed=3)[0]) == essence(alone[method]), share
+        engine = crowded(load(models, deterministic=True, kv_bytes=int(most * share)))
         results = engine.search(PROBLEMS, method, seed=3)
         assert essence(results[0]) == essence(alone[method]), share
         assert_at_rest(engine)

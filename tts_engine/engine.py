@@ -22,7 +22,8 @@ from .attention.triton_tree import TritonTreeAttention
 from .branch import Branch, root_branch
 from .errors import EngineError, OutOfBlocks
 from .graphs import DecodeGraphs
-from .kv.budget import BALANCE, Budget, Costs, divide, proposed, read_memory
+from .kv.admission import Admission
+from .kv.budget import BALANCE, PATH_TOKENS, Budget, Costs, divide, proposed, read_memory
 from .ledger import Ledger, Phases, Stopwatch
 from .models import heads
 from .models.linear import activations
@@ -148,6 +149,7 @@ class _Search:
     ledger: Ledger
     started: float
     before: Phases  # what the stopwatch showed then
+    expected: int  # bytes of keys and values that it will come to
     held: Ask | None = None
     cost: Cost = Cost()  # until then
 
@@ -161,6 +163,7 @@ class Engine:
         self._searching, self._ticked = False, "policy"  # the phase that the last tick was of
         room = sum(runner.cache.num_bytes for runner in self.runners)
         self.budget = Budget(self.runners, room, at_rest=lambda: not policy.under_way)
+        self.admission = Admission()
         policy.more_room = self.budget.press
 
     @classmethod
@@ -250,7 +253,7 @@ class Engine:
         allocation = Allocation(budget) if budget is not None else None
         try:
             while waiting or running:
-                while waiting and self.policy.num_open < self.config.max_rows and self._reserve(running, waiting[0]):
+                while waiting and self._has_place(running, waiting[0]) and self._reserve(running, waiting[0]):
                     running.append(self._begin(waiting.popleft(), method, seed))
                     running[-1].before = replace(watch.shared)
                     self._pass_on(running[-1])
@@ -285,12 +288,39 @@ class Engine:
                         self._pass_on(running[-1])
                     else:
                         search.ledger.phases.add(watch.since(search.before))
+                        self._retire(search)
                         yield result
                         watch.lap()  # what is done with it is no time of the engine's
         finally:
             for search in running:
                 self._abandon(search)
             self._searching = False
+
+    def _has_place(self, running: list[_Search], prepared: dict[Method, _Prepared]) -> bool:
+        """Whether another search is worth beginning now: there are rows for it, and it is not likely to need room that those under
+        way need too."""
+        if _all_held(running):
+            return True
+        expected = sum(search.expected for search in running if search.held is None) + self._expected(prepared)
+        return self.policy.num_open < self.config.max_rows and expected <= self.budget.num_bytes
+
+    def _expected(self, prepared: dict[Method, _Prepared]) -> int:
+        """Bytes of keys and values that a search will come to."""
+        return max(self.admission.expected(method, self._most(method, one.needs, one.limits)) for method, one in prepared.items())
+
+    def _most(self, method: Method, needs: Sequence[int], limits: Limits) -> int:
+        """Bytes that a search may come to if its branches are not unusually long."""
+        share = min(1.0, PATH_TOKENS / limits.max_tokens)
+        return int(share * method.n * sum(blocks * runner.block_bytes for blocks, runner in zip(needs, self.runners, strict=False)))
+
+    def _retire(self, search: _Search) -> None:
+        """A search is over: what it kept makes room for others, and tells what the next one may keep."""
+        kept = search.drawing.steps.blocks(self.config.block_size) * self.policy.runner.block_bytes
+        self.policy.retire(search.drawing)
+        if self.scorer is not None and search.scoring is not None:
+            kept += search.scoring.steps.blocks(self.config.block_size) * self.scorer.runner.block_bytes
+            self.scorer.retire(search.scoring)
+        self.admission.note(search.method, kept)
 
     def _reserve(self, running: list[_Search], prepared: dict[Method, _Prepared]) -> bool:
         """See that another search can always go on, beside those that run; False where it has to wait for some of them."""
@@ -431,7 +461,8 @@ class Engine:
             if scoring is not None and pilot.scoring is not None:
                 known = pilot.scoring
                 scoring.steps, scoring.paths, scoring.scores = known.steps, known.paths, known.scores
-        return _Search(problem, prepared_for, choice, method, driver, drawing, scoring, nodes, ledger, started, before)
+        expected = self._expected(prepared_for)
+        return _Search(problem, prepared_for, choice, method, driver, drawing, scoring, nodes, ledger, started, before, expected)
 
     def _abandon(self, search: _Search) -> None:
         search.driver.close()

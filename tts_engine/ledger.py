@@ -130,6 +130,10 @@ class DistinctSteps:
         self._of[identity] = step
         return step
 
+    def blocks(self, block_size: int) -> int:
+        """Blocks of so many tokens that prompt and steps take, where none is evicted."""
+        return sum(-(-step.tokens // block_size) for step in (self.prompt, *self))
+
     def drawn(self) -> tuple[Work, Work]:
         """What an ideal policy computes, and what the policy computed again in drawing what it had drawn before."""
         prompt, once, again = self.prompt.tokens, Work(), replace(self._drawn)

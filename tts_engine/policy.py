@@ -183,6 +183,10 @@ class Policy:
             self._drop([row for row in self._guesses if row.context is context and row.round is not None and row.round.over])
             self._rounds = [(whose, round) for whose, round in self._rounds if whose is not context or not round.over]
 
+    def retire(self, context: DrawContext) -> None:
+        """A search is over: its steps go first where room is needed, its prompt stays."""
+        self.runner.tree.retire([node for identity, node in context.nodes.items() if identity])
+
     def abandon(self, context: DrawContext) -> None:
         """Forget every draw of one search and give up its leases."""
         self._waiting = deque(row for row in self._waiting if row.context is not context)

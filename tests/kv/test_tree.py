@@ -48,7 +48,7 @@ class Model:
         keep = self.pinned() | {n[0] for n in self.nodes.values()}
         leaves = [h for h in self.nodes if h not in keep]
         if leaves:
-            oldest = min(leaves, key=lambda h: self.nodes[h][4])
+            oldest = min(leaves, key=lambda h: (self.nodes[h][4], h))
             self.dead.append(oldest)
             return blocks_needed(len(self.nodes.pop(oldest)[1]), BLOCK_SIZE)
 
@@ -238,6 +238,14 @@ class TreeMachine(RuleBasedStateMachine):
         lease = self.lease_of(i)
         self.tree.release(lease)
         del self.model.leases[lease]
+
+    @precondition(lambda self: self.model.nodes)
+    @rule(picked=st.lists(index, max_size=3))
+    def retire(self, picked):
+        nodes = [self.node(i) for i in picked]
+        self.tree.retire([*nodes, *self.model.dead[-2:], NO_NODE])
+        for node in nodes:
+            self.model.nodes[node][4] = 0
 
     @rule(num_blocks=st.integers(0, 4))
     def evict(self, num_blocks):

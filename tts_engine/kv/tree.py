@@ -94,6 +94,10 @@ class KVTree:
         """Leading tokens of the node whose K and V are written."""
         return self._tree.computed(node)
 
+    def retire(self, nodes: Sequence[int]) -> None:
+        """State that nobody is likely to come back to these nodes, some of which may be gone: idle, they are evicted first."""
+        self._tree.retire(nodes)
+
     def num_tokens(self, node: int) -> int:
         """The node's own tokens."""
         return self._tree.num_tokens(node)

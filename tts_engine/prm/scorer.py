@@ -37,6 +37,7 @@ class ScoreContext:
     paths: dict[tuple[int, str], int] = field(default_factory=dict)  # (the path above, a step's text) -> the path
     scores: dict[int, float] = field(default_factory=dict)  # by path: its last step's
     readings: "dict[int, _Reading]" = field(default_factory=dict)  # by path: what is still to be read
+    nodes: set[int] = field(default_factory=set)  # of steps that were read; or stale handles
     steps: DistinctSteps = field(init=False)  # by path, from 1 on: what was read
 
     def __post_init__(self) -> None:
@@ -138,6 +139,10 @@ class Scorer:
             if context.knows(path):
                 self._answer(context, answer, place, branch)
 
+    def retire(self, context: ScoreContext) -> None:
+        """A search is over: its steps go first where room is needed, its opening stays."""
+        self.runner.tree.retire(list(context.nodes))
+
     def abandon(self, context: ScoreContext) -> None:
         """Forget whatever of one search is still to be read."""
         for reading in context.readings.values():
@@ -167,6 +172,7 @@ class Scorer:
             for _, nodes in taken:
                 tree.drop(nodes[-1])
         for reading, nodes in taken:
+            reading.context.nodes.update(nodes[1:])
             self._conclude(reading, [scores.get(node) for node in nodes])
 
     def _reading(self, context: ScoreContext, branch: Branch, path: list[int]) -> _Reading:
