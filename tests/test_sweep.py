@@ -345,8 +345,16 @@ def test_a_problem_that_cannot_be_searched_is_a_record_in_every_cell_and_the_res
 
 
 def test_where_no_problem_fits_the_cell_is_named(models, problems, tmp_path):
-    with pytest.raises(EngineError, match="^policy-cot: problem .* may need KV blocks"):
+    with pytest.raises(EngineError, match="^policy-cot: problem .* may need KV blocks .* 13 more of 14 cells could not be made$"):
         swept(recipe(models, problems, engine=ENGINE | {"kv_bytes": 9000}), tmp_path / "sweep")
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"problem": "1+" * 40 + "1", "answer": "9"}))
+    with pytest.raises(EngineError, match="^policy-narrow-dvts-n4: .* 2 more of 14 cells"):
+        swept(recipe(models, file), tmp_path / "narrow")
+    assert [run.name for run in read_sweep(tmp_path / "narrow") if not by_id(run)] == [
+        "policy-narrow-dvts-n4",
+        "policy-narrow-beam-n4",
+    ]
 
 
 def test_a_place_that_cannot_be_a_sweep_is_refused(models, problems):

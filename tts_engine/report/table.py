@@ -107,8 +107,8 @@ COLUMNS: list[tuple[str, Callable[[Cell], str]]] = [
     ("PRM\nGFLOP", prm_only(lambda c: figures(c.ledger.prm.flops / GIGA))),
     (USEFUL, lambda c: "-" if c.ledger.useful is None else figures(100 * c.ledger.useful)),
     ("correct\n/GFLOP", lambda c: figures(c.correct_per_gflop)),
-    (CORRECT, lambda c: figures(c.correct_per_s)),
-    ("time\ns", lambda c: figures(c.ledger.seconds)),
+    (CORRECT, lambda c: figures(c.correct_per_s) if c.ledger.seconds else "-"),
+    ("time\ns", lambda c: figures(c.ledger.seconds) if c.ledger.seconds else "-"),
 ]
 
 

@@ -3,7 +3,8 @@
 FLOPs are the ledger's own, `Ledger.asked_flops`, of trees in which no two steps begin alike and every solution has
 `solution_tokens` in steps of `step_tokens`, the methods' own limits and the models' positions kept to. Survivors have different
 parents, so keys and values are as many as they can be. A PRM is taken to read the policy's tokens and STEP_MARKERS more a step, and
-its prompt to be as long; its own head is left out. Rebase counts as a beam search of width 4, and auto as its dearest method.
+its prompt to be as long; its own head is left out. Rebase counts as a beam search of width 4, what stops by itself as if it did
+not, and auto as its dearest method.
 
 Hours are a roofline's, of no machine that anything was measured on: products take their FLOPs over peak_flops, and drawing reads
 all weights and the keys and values of the trees under way once a forward, as many problems side by side as rows and memory allow;
@@ -167,7 +168,7 @@ def shape(method: Method, told: Estimate, *, max_step_tokens: int, max_tokens: i
     """max_tokens: of a solution."""
     solution = min(told.solution_tokens, max_tokens)
     step = min(told.step_tokens, max_step_tokens, solution)
-    independent = not method.uses_prm or method.name == "best_of_n"
+    independent = not method.uses_prm or method.name in ("best_of_n", "adaptive")
     kept = method.n if independent else max(1, method.n // getattr(method, "width", WIDTH))
     return Shape(told.prompt_tokens, step, max(1, min(ceil(solution / step), method.max_steps)), method.n, kept)
 

@@ -130,11 +130,15 @@ class Sweep:
     def make(self, progress: Progress) -> list[Made]:
         """Every cell, told in the recipe's order; those that are whole already are only read.
 
-        Raises EngineError, naming the cell, where none of its problems fits; RunError where a run is damaged or another process
-        writes it.
+        Raises RunError where a run is damaged or another process writes it; and once the other cells are made EngineError, naming
+        the cell, where none of a cell's problems fits.
         """
-        made = []
+        made = list[Made]()
+        failed = dict[str | None, EngineError]()
         for cell in self.cells:
+            if cell.source in failed:
+                failed[cell.name] = failed[cell.source]
+                continue
             method = self._method(cell)
             directory = self.directory / cell.directory
             with Run(directory, self._describe_cell(cell, method)) as run:
@@ -142,11 +146,18 @@ class Sweep:
                 if len(run.done) < len(self.problems):
                     try:
                         self._fill(cell, method, run, progress.advance)
+                    except RunError:
+                        raise
                     except EngineError as error:
-                        raise EngineError(f"{cell.name}: {error}") from error
+                        failed[cell.name] = error
+                        continue
                 label = Path(cell.policy).name + (f", {Path(cell.prm).name}" if cell.prm is not None else "")
-                failed = tuple(record["id"] for record in run.records if record["error"])
-                made.append(Made(cell, directory, table.cell_of(run.records, label, _reads(method)), failed))
+                unsearched = tuple(record["id"] for record in run.records if record["error"])
+                made.append(Made(cell, directory, table.cell_of(run.records, label, _reads(method)), unsearched))
+        if failed:
+            name, reason = next(iter(failed.items()))
+            others = f"; {len(failed) - 1} more of {len(self.cells)} cells could not be made" if len(failed) > 1 else ""
+            raise EngineError(f"{name}: {reason}{others}") from reason
         policies, prms = self.recipe.policies, (None, *self.recipe.prms)
         methods = list(dict.fromkeys(method.name for policy in policies for method in self.recipe.entries_of(policy)))
         return sorted(made, key=lambda one: (policies.index(one.cell.policy), not one.cell.pilot, prms.index(one.cell.prm),
