@@ -31,6 +31,7 @@ NEIGHBOURS = {
     ("scheduler", "kv"),
     ("runner", "graphs"), ("runner", "sampling"), ("policy", "steps"), ("policy", "rows"), ("rows", "steps"),
     ("engine", "results"), ("engine", "tasks"), ("results", "tasks"),
+    ("strategy", "report"),
     ("score", "runs"), ("rescore", "runs"), ("rescore", "score"), ("demo", "runs"),
     ("sweep", "runs"), ("sweep", "score"), ("sweep", "rescore"), ("cli", "sweep"),
     ("cli", "runs"), ("cli", "score"), ("cli", "rescore"), ("cli", "demo"), ("cli", "bench"),

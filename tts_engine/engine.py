@@ -359,16 +359,18 @@ class Engine:
         self.policy.settle(search.drawing)
 
     def _share_out(self, running: list[_Search], allocation: Allocation) -> None:
-        """One round of a budget: the searches, all of which wait for it, go on with the draws they ask for or end without."""
+        """One round of a budget: of the searches, all of which wait for it, some go on with the draws they ask for; where none may,
+        all end without."""
         asks = [(search, search.held) for search in running if search.held is not None]
         standings = [Standing(search.problem.id, ask.doubt or 0.0, ask.draws[0].draw, len(ask.draws), search.cost)
                      for search, ask in asks]  # fmt: skip
         granted = allocation.grants(standings)
         for search, ask in asks:
-            search.held = None
             if search.problem.id in granted:
+                search.held = None
                 self.policy.submit(search.drawing, ask)
-            else:
+            elif not granted:
+                search.held = None
                 search.driver.answer(ask, [])
 
     def _cost(self, search: _Search) -> Cost:

@@ -87,12 +87,16 @@ class Polls:
         return self._vote.drawn
 
     @property
+    def leader(self) -> Hashable | None:
+        return self._vote.leader
+
+    @property
     def doubt(self) -> float:
         return self._vote.doubt
 
     @property
     def draws(self) -> int:
-        """None where the vote is settled."""
+        """0 where the vote is settled."""
         return 0 if self._vote.settled else min(self._batch, self._vote.total - self.drawn)
 
     def count(self, answer: Hashable | None, scores: tuple[float | None, ...]) -> None:
