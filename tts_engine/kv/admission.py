@@ -1,7 +1,7 @@
 """How many searches are under way at once: as many as keep their keys and values until they are over, as far as can be foretold.
 
-Where more were, what one of them still needs would be evicted for another, and computed again. So a search has a place for as much as
-the searches of its kind that are over have come to, on average; before the first of them is over, for as much as it may come to.
+Where more were, what one of them still needs would be evicted for another, and computed again. So a search has a place for as much
+as the searches of its kind that are over have come to, on average; before the first of them is over, for as much as it may come to.
 """
 
 from dataclasses import dataclass
