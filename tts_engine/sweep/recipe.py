@@ -179,7 +179,7 @@ def load_recipe(file: Path) -> Recipe:
     if len(text) > LARGEST:
         raise RecipeError(f"{file} is no recipe: it is longer than {LARGEST >> 20} MiB")
     try:
-        data = yaml.load(text, _Loader)
+        data = _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark is not None else ""
