@@ -71,6 +71,7 @@ share = number(float, lambda value: 0 < value <= 1, "a number above 0 and at mos
 fraction = number(float, lambda value: 0 <= value <= 1, "a number of at least 0 and at most 1")
 real = number(float, lambda value: value == value, "a number")
 size = number(read_bytes, lambda value: value >= 1, "a number of bytes such as 512M or 4G")
+seconds = number(float, lambda value: 0 < value < math.inf, "a number of seconds above 0")
 memory = number(read_bytes, lambda value: 1 <= value < 1 << 60, "a size of memory such as 80GB, 141GiB or a number of bytes")
 
 # Settings of EngineConfig: name, how it is read (None: a switch), help. The defaults are EngineConfig's; a test compares.
@@ -101,6 +102,7 @@ ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
     ("prm_family", str, "qwen2.5-math-prm, math-shepherd, rlhflow, skywork or value-head, where the PRM's files do not say"),
     ("deterministic", None, "a problem's tokens never depend on what runs beside it; slower"),
     ("speculate", None, "rows that would stand idle draw the likeliest next steps ahead; the results are the same"),
+    ("timeout", seconds, "seconds after which a problem is given up (default: none is)"),
 ]
 # Those of them that decide how a PRM reads.
 READING_OPTIONS = ("load", "dtype", "device", "backend", "memory", "kv_bytes", "block_size", "prm_family", "deterministic")
@@ -118,7 +120,7 @@ BENCH_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
     ("prompt_tokens", whole, "tokens of a prompt, the chat around the problem among them (default 150)"),
     ("problems", whole, "problems searched side by side (default 4)"),
 ]
-NOT_FOR_BENCH = ("steps", "max_step_tokens", "max_tokens", "system")
+NOT_FOR_BENCH = ("steps", "max_step_tokens", "max_tokens", "system", "timeout")
 BENCH_FIGURES = """
 Rates are of whole searches, by the median repeat: what the other model takes is in the time. Policy tokens are those drawn, PRM
 tokens those that went through its layers. FLOPs are those executed, as the ledger counts them, and tokens/PFLOP the tokens drawn

@@ -4,10 +4,12 @@ Joins the drivers of searches with the policy and the scorer; its loop decides o
 two engines in one process, or in two threads, never meet.
 """
 
+import math
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -20,7 +22,7 @@ import torch
 from .attention import make_backend, refuse_windows
 from .attention.triton_tree import TritonTreeAttention
 from .branch import Branch, root_branch
-from .errors import EngineError, OutOfBlocks
+from .errors import EngineError, MissingExtra, OutOfBlocks
 from .graphs import DecodeGraphs
 from .kv.admission import Admission
 from .kv.budget import BALANCE, PATH_TOKENS, Budget, Costs, divide, proposed, read_memory
@@ -66,8 +68,8 @@ class EngineConfig:
     tasks/prompts.py. steps: what closes a step, one of steps.STEP_MARKERS; a number, as in steps="50", makes steps of as many
     tokens on average whatever they say, for benchmarks. deterministic: a search's tokens never depend on what runs beside it,
     nor on evictions; slower. speculate: rows that would stand idle draw the next steps of the likeliest children while their
-    siblings are still drawn; no result depends on it. load: "random" makes the weights up, so that a config.json and a tokenizer
-    are enough.
+    siblings are still drawn; no result depends on it. timeout: seconds that a problem's search may take, others beside it, before
+    it is given up. load: "random" makes the weights up, so that a config.json and a tokenizer are enough.
     """
 
     load: str = "weights"
@@ -88,6 +90,7 @@ class EngineConfig:
     prm_family: str | None = None
     deterministic: bool = False
     speculate: bool = False
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         if self.load not in SOURCES:
@@ -114,6 +117,8 @@ class EngineConfig:
                 raise EngineError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_rows > MOST_ROWS:
             raise EngineError(f"max_rows={self.max_rows} is more than the {MOST_ROWS} that a batch can have")
+        if self.timeout is not None and not 0 < self.timeout < math.inf:
+            raise EngineError(f"timeout={self.timeout} must be a number of seconds above 0")
         make_backend(self.attention, self.device, deterministic=self.deterministic)
 
     @property
@@ -229,10 +234,10 @@ class Engine:
                failed: Failed | None = None) -> Iterator[SearchResult]:  # fmt: skip
         """The same, each result as soon as its search is over. Closing the iterator abandons the rest.
 
-        A search that cannot go on, because the PRM cannot read what it has come to, is abandoned and `failed` told; without it
-        that is raised. The other searches lose nothing.
-        Raises EngineError before anything is computed where a prompt does not fit the model or a branch could not fit the
-        KV budget, however much were evicted.
+        What goes wrong in one problem ends that problem, `failed` is told why, and the others lose nothing: a prompt that does not
+        fit the model, a branch that would not fit the KV budget however much were evicted, logits or scores that are no numbers,
+        text that the PRM cannot read, more seconds than config.timeout, a program or a grader that raises, memory that does not
+        suffice for one row. Without `failed` it is raised, before anything is computed where that can be.
         """
         methods = method.methods if isinstance(method, Chooser) else (method,)
         for one in methods:
@@ -240,7 +245,10 @@ class Engine:
                 raise EngineError(f"{one.name} needs a PRM and this engine has none: give prm=")
             if isinstance(method, Chooser) and isinstance(one, Adaptive) and one.budget is not None:
                 raise EngineError(f"{method.name} chooses problem by problem, and a budget is for all problems: leave it out")
-        prepared = [{one: self._prepare(problem, one) for one in methods} for problem in as_problems(problems)]
+        prepared: list[dict[Method, _Prepared]] = []
+        for problem in as_problems(problems):
+            with self._on_its_own(problem, failed, []):
+                prepared.append({one: self._prepare(problem, one) for one in methods})
         return self._stream(prepared, method, seed, failed)
 
     def _stream(self, prepared: list[dict[Method, _Prepared]], method: Method | Chooser, seed: int,
@@ -254,47 +262,69 @@ class Engine:
         try:
             while waiting or running:
                 while waiting and self._has_place(running, waiting[0]) and self._reserve(running, waiting[0]):
-                    running.append(self._begin(waiting.popleft(), method, seed))
-                    running[-1].before = replace(watch.shared)
-                    self._pass_on(running[-1])
+                    one = waiting.popleft()
+                    with self._on_its_own(next(iter(one.values())).problem, failed, running):
+                        running.append(self._begin(one, method, seed))
+                        running[-1].before = replace(watch.shared)
+                        self._pass_on(running[-1])
                 watch.share("rest", len(running))
-                if allocation is not None and not waiting and _all_held(running):
+                if allocation is not None and running and not waiting and _all_held(running):
                     self._share_out(running, allocation)
                 else:
                     self._tick()
                     self.budget.look()
                     watch.share(self._ticked, len(running))
                 for search in list(running):
-                    try:
+                    with self._on_its_own(search.problem, failed, running):
                         self._pass_on(search)
-                    except EngineError as error:
-                        if failed is None:
-                            raise
-                        running.remove(search)
-                        self._abandon(search)
-                        failed(search.problem, error)
+                        self._refuse_if_late(search)
+                    if allocation is not None and search not in running:
+                        allocation.end(self._cost(search))
                 watch.share("rest", len(running))
-                done = [search for search in running if search.driver.done]
-                running = [search for search in running if not search.driver.done]
-                for search in done:
+                for search in [search for search in running if search.driver.done]:
                     if allocation is not None:
                         allocation.end(self._cost(search))
-                    result = self._result(search, seed)
-                    search.ledger.phases.grading += watch.lap()
-                    if search.choice is None:
-                        assert isinstance(method, Chooser), "who is no Chooser has no pilot"
-                        choice = method.choose(search.problem, result)
-                        running.append(self._start(search.prepared, choice.method, choice, seed, search))
-                        self._pass_on(running[-1])
-                    else:
-                        search.ledger.phases.add(watch.since(search.before))
-                        self._retire(search)
-                        yield result
-                        watch.lap()  # what is done with it is no time of the engine's
+                    with self._on_its_own(search.problem, failed, running):
+                        result = self._result(search, seed)
+                        running.remove(search)
+                        search.ledger.phases.grading += watch.lap()
+                        if search.choice is None:
+                            running.append(self._go_on(search, method, seed, result))
+                            self._pass_on(running[-1])
+                        else:
+                            search.ledger.phases.add(watch.since(search.before))
+                            self._retire(search)
+                            yield result
+                            away = watch.lap()  # what is done with it is no time of the engine's
+                            for other in running:
+                                other.started += away
         finally:
             for search in running:
                 self._abandon(search)
+            for runner in self.runners:
+                counts = runner.tree.counts()
+                if counts.filling or counts.pinned:  # an interrupt came where nobody noted yet whose they are
+                    runner.start_over()
             self._searching = False
+
+    @contextmanager
+    def _on_its_own(self, problem: Problem, failed: Failed | None, running: list[_Search]) -> Iterator[None]:
+        """What goes wrong within is this problem's: it is no longer among those that run, and `failed` is told. Raised where nobody
+        is to be told, and where something is missing that other problems need, too."""
+        try:
+            yield
+        except Exception as error:
+            for search in [search for search in running if search.problem is problem]:
+                self._abandon(search)
+                running.remove(search)
+            if failed is None or isinstance(error, MissingExtra):
+                raise
+            failed(problem, error if isinstance(error, EngineError) else EngineError(f"{type(error).__name__}: {error}"))
+
+    def _refuse_if_late(self, search: _Search) -> None:
+        timeout = self.config.timeout
+        if timeout is not None and not search.driver.done and time.perf_counter() - search.started > timeout:
+            raise EngineError(f"problem {search.problem.id} timed out after {timeout:g} s")
 
     def _has_place(self, running: list[_Search], prepared: dict[Method, _Prepared]) -> bool:
         """Whether another search is worth beginning now: there are rows for it, and it is not likely to need room that those under
@@ -371,7 +401,7 @@ class Engine:
                 self.policy.submit(search.drawing, ask)
             elif not granted:
                 search.held = None
-                search.driver.answer(ask, [])
+                search.driver.resume(ask, [])
 
     def _cost(self, search: _Search) -> Cost:
         """What an ideal executor would have computed for the search by now: that much follows from its tree alone."""
@@ -385,6 +415,8 @@ class Engine:
     def _prepare(self, problem: Problem, method: Method) -> _Prepared:
         """What a search starts from, once it is certain that it can run."""
         runner, config = self.policy.runner, self.config
+        if not problem.problem.strip():
+            raise EngineError(f"problem {problem.id} is empty")
         system, user = messages(problem.problem, chat_template(self.tokenizer), config.system)
         ids = encode_prompt(self.tokenizer, user, system)
         largest, known = max(ids, default=0), runner.decoder.spec.vocab_size
@@ -427,6 +459,12 @@ class Engine:
         choice = method.choose(problem, None)
         return self._start(prepared, choice.method, choice, seed)
 
+    def _go_on(self, pilot: _Search, method: Method | Chooser, seed: int, found: SearchResult) -> _Search:
+        """The search that is chosen by what a pilot found."""
+        assert isinstance(method, Chooser), "who is no Chooser has no pilot"
+        choice = method.choose(pilot.problem, found)
+        return self._start(pilot.prepared, choice.method, choice, seed, pilot)
+
     def _start(self, prepared_for: dict[Method, _Prepared], method: Method, choice: Choice | None, seed: int,
                pilot: _Search | None = None) -> _Search:  # fmt: skip
         """A search. Behind a pilot it goes on with the pilot's nodes, ledger and clock: they are one problem's."""
@@ -467,10 +505,12 @@ class Engine:
         return _Search(problem, prepared_for, choice, method, driver, drawing, scoring, nodes, ledger, started, before, expected)
 
     def _abandon(self, search: _Search) -> None:
-        search.driver.close()
         self.policy.abandon(search.drawing)
+        self.policy.retire(search.drawing)
         if self.scorer is not None and search.scoring is not None:
             self.scorer.abandon(search.scoring)
+            self.scorer.retire(search.scoring)
+        search.driver.close()
 
     def _result(self, search: _Search, seed: int) -> SearchResult:
         nodes = list(search.nodes.values())
@@ -574,7 +614,4 @@ def as_problems(problems: str | Problem | Iterable[str | Problem]) -> list[Probl
     made = [p if isinstance(p, Problem) else Problem(id=f"problem-{i + 1}", problem=p, answer=None) for i, p in enumerate(given)]
     if len({problem.id for problem in made}) < len(made):
         raise EngineError("two problems have the same id; ids name results and seed the draws, so each must be its own")
-    for problem in made:
-        if not problem.problem.strip():
-            raise EngineError(f"problem {problem.id} is empty")
     return made

@@ -17,6 +17,15 @@ from .kv.tree import NO_NODE, KVTree, TreePaths, blocks_needed
 from .ledger import ModelLedger, Work
 from .models.decoder import Decoder
 
+NO_MEMORY = ("out of memory", "not enough memory", "allocate memory")  # what torch says where an allocation failed
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that the device's memory did not suffice: by its words, a CPU's allocator has no error of its own."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
+
 
 @dataclass(frozen=True, slots=True)
 class Segments:
@@ -77,11 +86,20 @@ class ModelRunner:
         try:
             self.cache.copy(moves)
             self.cache.resize(num_blocks, self.tree.extent)
-        except (RuntimeError, MemoryError):
+        except BaseException as error:
+            self.cache.copy(moves)  # an interrupt may have come before all were; copied twice is copied
             self.tree.resize(before)
+            if not isinstance(error, RuntimeError | MemoryError):
+                raise
             return False
         self.tree.resize(num_blocks)
         return True
+
+    def start_over(self) -> None:
+        """A tree with nothing in it, for where an interrupt came between two lines and left what nobody knows of any more."""
+        self.tree = KVTree(num_blocks=self.tree.num_blocks, block_size=self.tree.block_size)
+        self.cache.version += 1
+        self._evictions_charged = 0
 
     def hold_path(self, steps: Sequence[Sequence[int]]) -> list[int] | None:
         """The nodes of a path given as token ids step by step, made where they are missing; the last one is held.

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from .errors import EngineError, RunError
+from .errors import EngineError, MissingExtra, RunError
 from .ledger import Ledger
 from .report.tree import in_order
 from .report.versions import package_version
@@ -305,7 +305,13 @@ def evaluate(
         put(describe_failure(problem, stand_in, seed, error))
 
     for result in engine.stream([p for p in waiting if p.id not in refused], method, seed=seed, failed=failed):
-        put(describe_result(result, engine.grader))
+        try:
+            record = describe_result(result, engine.grader)
+        except MissingExtra:
+            raise
+        except EngineError as error:  # the grader could not be asked
+            record = describe_failure(result.problem, stand_in, seed, error)
+        put(record)
 
 
 def timed(run: Run, finished: Told) -> Told:

@@ -90,6 +90,7 @@ class Bench:
     def score(self, context: ScoreContext, branches) -> list[Branch]:
         self.ask(context, branches)
         self.run()
+        context.driver.asks()  # raises why it failed, if it did
         return context.driver.result
 
 
@@ -236,10 +237,10 @@ def test_siblings_with_equal_text_are_read_once_though_one_comes_later(prm):
 
 
 def test_a_batch_is_worth_a_tick_whoever_waits_and_those_waited_for_come_first(prm, monkeypatch):
+    monkeypatch.setattr(scorer_room, "MAX_TOKENS", 1)
     bench = Bench(load(prm))
     step = len(bench.scorer.spec.step("a", True))
     monkeypatch.setattr(scorer_room, "BATCH_TOKENS", 3 * step)
-    monkeypatch.setattr(scorer_room, "MAX_TOKENS", 1)
     context, root = bench.context(), root_branch(())
     for text, worth in (("a", False), ("b", False), ("a", False), ("c", True)):
         bench.scorer.offer(context, grown(root, [text]))
@@ -308,6 +309,45 @@ def test_a_score_that_is_no_number_is_an_error(prm):
     with pytest.raises(EngineError, match="no probability"):
         bench.score(bench.context(), [grown(root_branch(()), STEPS)])
     assert check_blocks(bench.scorer.runner.tree).pinned == 0
+
+
+def test_a_score_that_is_no_number_ends_its_own_search_and_what_was_read_beside_it_is_answered(prm):
+    bench, root = Bench(load(prm)), root_branch(())
+    head, one, other = bench.scorer.head, bench.context(), bench.context("1+1?")
+    ref = Bench(load(prm)).score(bench.context("1+1?"), [grown(root, STEPS)])
+    bench.ask(one, [grown(root, [text]) for text in "ab"])
+    bench.ask(other, [grown(root, STEPS)])
+    bench.scorer.head = lambda hidden: head(hidden).index_fill(0, torch.tensor([1]), torch.inf)
+    bench.run()
+    assert bench.scorer.num_open == 0 and not one.driver.done and not one.readings
+    with pytest.raises(EngineError, match="the PRM gave inf for a step, which is no probability"):
+        one.driver.asks()
+    assert other.driver.result[0].scores == near(ref[0].scores)
+
+
+def test_paths_that_are_too_much_for_the_memory_are_read_in_smaller_batches(prm, monkeypatch):
+    bench, root, sizes = Bench(load(prm)), root_branch(()), []
+    ref = Bench(load(prm)).score(bench.context(), [grown(root, [text, "7."]) for text in "abcdefgh"])
+    forward, most = bench.scorer.runner.forward, len(bench.scorer.spec.render(PROBLEM, ["a" * 9, "7."])[0])
+
+    def limited(segments, read_at):
+        sizes.append(len(segments.token_ids))
+        if sizes[-1] > most:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 123 bytes")
+        return forward(segments, read_at)
+
+    monkeypatch.setattr(bench.scorer.runner, "forward", limited)
+    context = bench.context()
+    out = bench.score(context, [grown(root, [text, "7."]) for text in "abcdefgh"])
+    assert [branch.scores for branch in out] == [near(branch.scores) for branch in ref]
+    assert max(sizes) > most >= sizes[-1] and context.ledger.tokens_recomputed == context.ledger.rereading_flops == 0
+    one, other = bench.context("9" * 40), bench.context()
+    bench.ask(one, [grown(root, ["a" * most])])
+    bench.ask(other, [grown(root, ["z"])])
+    bench.run()
+    with pytest.raises(EngineError, match="memory does not suffice for the PRM to read a single branch"):
+        one.driver.asks()
+    assert other.driver.done
 
 
 def test_a_forward_that_fails_leaves_nothing_held(prm, monkeypatch):

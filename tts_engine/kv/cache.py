@@ -56,7 +56,7 @@ class KVCache:
     def resize(self, num_blocks: int, used: int) -> None:
         """So many blocks from here on; the contents of the first `used` of them stay. There is never more than one tensor too many.
 
-        What torch raises where the memory cannot be had leaves all as it was.
+        What torch raises where the memory cannot be had leaves all as it was, as an interrupt does.
         """
         done = []
         self.version += 1
@@ -65,7 +65,7 @@ class KVCache:
                 for layer, table in enumerate(tables):
                     tables[layer] = self._sized(table, num_blocks, used)
                     done.append((tables, layer))
-        except (RuntimeError, MemoryError):
+        except BaseException:
             for tables, layer in done:
                 tables[layer] = self._sized(tables[layer], self.num_blocks, used)
             raise

@@ -13,13 +13,14 @@ from ..errors import EngineError, OutOfBlocks
 from ..kv.tree import NO_NODE, blocks_needed
 from ..ledger import DistinctStep, DistinctSteps, PRMLedger, Work, pairs
 from ..models.decoder import ROW_TILE
-from ..runner import ModelRunner, Segments
+from ..runner import ModelRunner, Segments, out_of_memory
 from ..search.driver import Answer, Ask, Driver
 from .spec import PRMSpec
 
-MAX_TOKENS = 4096  # new tokens of one forward, beside at least one path
+MAX_TOKENS = 4096  # new tokens of one forward, beside at least one path; fewer once memory ran out
 BATCH_TOKENS = 2048  # new tokens that are worth a forward though nobody waits for their scores yet
 OPENING = -1  # the path without steps
+NO_MEMORY = "memory does not suffice for the PRM to read a single branch: lower memory or kv_bytes, so that more is left for that"
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -90,6 +91,7 @@ class Scorer:
         self.runner, self.spec, self.head, self.head_flops = runner, spec, head, head_flops
         self._asked: dict[_Reading, None] = {}  # oldest first
         self._offered: dict[_Reading, None] = {}
+        self._max_tokens = MAX_TOKENS
         self._num_tokens = 0  # of the newest steps of both
         self._num_open = 0
 
@@ -145,18 +147,24 @@ class Scorer:
 
     def abandon(self, context: ScoreContext) -> None:
         """Forget whatever of one search is still to be read."""
-        for reading in context.readings.values():
-            self._forget(reading)
+        for readings in (self._asked, self._offered):
+            for reading in [reading for reading in readings if reading.context is context]:
+                del readings[reading]
+        self._num_tokens = sum(len(reading.ids[-1]) for reading in chain(self._asked, self._offered))
+        self._num_open = sum(len(reading.waiting) for reading in self._asked)
         context.readings.clear()
 
     def tick(self) -> None:
-        """One forward over as many paths as fit, first those that are waited for: new tokens only, shared ones once."""
+        """One forward over as many paths as fit, first those that are waited for: new tokens only, shared ones once.
+
+        A search that cannot go on, because no path of it fits or a score is none, fails and is abandoned; its driver knows why.
+        """
         tree = self.runner.tree
         taken: list[tuple[_Reading, list[int]]] = []
         runs: dict[int, _Run] = {}  # by node
         num_tokens = 0
         for reading in chain(self._asked, self._offered):
-            nodes = self.runner.hold_path(reading.ids) if num_tokens < MAX_TOKENS else None
+            nodes = self.runner.hold_path(reading.ids) if num_tokens < self._max_tokens else None
             if nodes is None:
                 break
             taken.append((reading, nodes))
@@ -164,16 +172,33 @@ class Scorer:
         if not taken:
             first = next(chain(self._asked, self._offered))
             need = sum(blocks_needed(len(ids), tree.block_size) for ids in first.ids)
-            raise OutOfBlocks(f"the PRM needs {need} KV blocks of {tree.block_size} tokens to read one branch and has "
-                              f"{tree.num_blocks} in all; raise kv_bytes")  # fmt: skip
+            why = f"the PRM needs {need} KV blocks of {tree.block_size} tokens to read one branch and has {tree.num_blocks} in all"
+            return self._fail(first.context, OutOfBlocks(f"{why}; raise kv_bytes"))
         try:
             scores = self._read(runs)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            return self._shrink([reading for reading, _ in taken], num_tokens)
         finally:
             for _, nodes in taken:
                 tree.drop(nodes[-1])
         for reading, nodes in taken:
             reading.context.nodes.update(nodes[1:])
             self._conclude(reading, [scores.get(node) for node in nodes])
+
+    def _shrink(self, taken: list[_Reading], num_tokens: int) -> None:
+        """After a forward that was too much for the memory: half as many tokens from here on. Where it was one path alone, its
+        search ends, and the others try as before."""
+        if len(taken) > 1:
+            self._max_tokens = max(1, min(self._max_tokens, num_tokens) // 2)
+        else:
+            self._max_tokens = MAX_TOKENS
+            self._fail(taken[0].context, EngineError(NO_MEMORY))
+
+    def _fail(self, context: ScoreContext, error: EngineError) -> None:
+        context.driver.fail(error)
+        self.abandon(context)
 
     def _reading(self, context: ScoreContext, branch: Branch, path: list[int]) -> _Reading:
         """The reading of a branch, made where there is none yet."""
@@ -276,8 +301,8 @@ class Scorer:
         for number, score in zip(reading.path[1:], scores[1:], strict=True):
             if number not in context.scores:
                 if score is None or not 0.0 <= score <= 1.0:
-                    raise EngineError(f"the PRM gave {score} for a step, which is no probability: its weights or dtype are "
-                                      "at fault")  # fmt: skip
+                    why = f"the PRM gave {score} for a step, which is no probability: its weights or dtype are at fault"
+                    return self._fail(context, EngineError(why))
                 context.scores[number] = score
         for number in reading.path[1:]:
             done = context.readings.pop(number, None)

@@ -5,6 +5,7 @@ only on its parent, lane and number, never on the order in which asks are answer
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -107,6 +108,7 @@ class Driver:
         self._waiting: dict[Ask, _Run] = {}
         self._open: list[_Run] = []
         self._result: list[Branch] | None = None
+        self.failure: Exception | None = None  # why the search cannot go on
         self._advance(self._opened(program), None)
 
     @property
@@ -120,7 +122,9 @@ class Driver:
         return self._result
 
     def asks(self) -> list[Ask]:
-        """What was asked since the last call, in the order asked. Each is answered exactly once."""
+        """What was asked since the last call, in the order asked; each is answered exactly once. Raises why the search failed."""
+        if self.failure is not None:
+            raise self.failure
         asks, self._new = self._new, []
         return asks
 
@@ -159,10 +163,23 @@ class Driver:
         self._drawn[branch.identity, lane] = number + 1
         return Draw(branch, lane, number, child_identity(branch.identity, lane, number), to_end)
 
+    def resume(self, ask: Ask, branches: Sequence[Branch]) -> None:
+        """`answer`, for who serves many searches: what the program raises as it goes on is its own search's failure."""
+        if self.failure is None:
+            try:
+                self.answer(ask, branches)
+            except Exception as error:
+                self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Say that the search cannot go on: `asks` raises the first of such errors, and what is resumed later changes nothing."""
+        self.failure = self.failure or error
+
     def close(self) -> None:
         """Abandon the search: close every generator under way, callees first. A finished search is left as it is."""
         for run in reversed(self._open):
-            run.program.close()
+            with suppress(Exception):  # nobody is left who could be told
+                run.program.close()
             self._end_round(run)
         self._open, self._new, self._arrived, self._waiting = [], [], [], {}
 
@@ -241,7 +258,7 @@ class Answer:
         self.branches[place] = branch
         places = range(len(self.ask.draws or self.ask.branches))
         if len(self.branches) == len(places):
-            self.driver.answer(self.ask, [self.branches[place] for place in places])
+            self.driver.resume(self.ask, [self.branches[place] for place in places])
 
 
 def _check_answer(ask: Ask, branches: Sequence[Branch]) -> None:
