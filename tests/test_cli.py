@@ -117,6 +117,8 @@ def shell(*argv, **how):
         (["diagnose", __file__, "--kv-bytes", "1M"], "--kv-bytes is for a PRM that reads now: give --prm"),
         (["diagnose", "no/such/run", "--threshold", "1.5"], "'1.5' is not a number of at least 0 and at most 1"),
         (["diagnose", "no/such/run", "--out", "/dev"], "--out /dev is a directory, not a file"),
+        (["report"], "arguments are required: RUN"),
+        (["report", "no/such/run"], "no/such/run/run.json cannot be read: No such file"),
         (["convert", "no/such/place"], "arguments are required: DST"),
         (["convert", "no/such/place", "OUT"], "no/such/place is not a directory"),
         (["convert", "/dev/null", "OUT"], "/dev/null is not a directory"),

@@ -99,33 +99,17 @@ def test_the_verb_leaves_a_page_and_pngs_and_prints_the_tables(made, tmp_path, c
     assert cli.main(["diagnose", str(made / "best"), "-o", str(diagnosis)]) == 0
     runs = [str(made / name) for name in ("cot", "majority", "best")]
     capsys.readouterr()
-    argv = [
-        "report",
-        *runs,
-        "--difficulty",
-        str(made / "pilot"),
-        "--diagnostics",
-        str(diagnosis),
-        "-o",
-        str(tmp_path / "out"),
-        "--json",
-    ]
+    beside = ["--difficulty", str(made / "pilot"), "--diagnostics", str(diagnosis)]
+    argv = ["report", *runs, *beside, "-o", str(tmp_path / "out"), "--json"]
     assert cli.main(argv) == 0
     shown = capsys.readouterr().out
     told = json.loads(shown.splitlines()[-1])
     assert (told["problems"], len(told["accuracy"]), told["out"]) == (3, 3, str(tmp_path / "out"))
-    titles = (
-        "Accuracy and compute over 3 problems",
-        "Accuracy by level",
-        "Accuracy by pass@1",
-        "Gain over",
-        "The best method",
-        "Where",
-    )
+    titles = ("Accuracy and compute over 3 problems", "Accuracy by level", "Accuracy by pass@1", "Gain over", "The best", "Where")
     assert all(title in shown for title in titles) and "steps by length" in shown
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "steps by length" in page and 'href="#diagnostics"' in page and page.count("data:image/png;base64,") == 4
-    names = {"accuracy-n.png", "accuracy-flops.png", "level-1.png", "pass-rate-1.png", "report.html"}
+    assert "steps by length" in page and 'href="#diagnostics"' in page and page.count("data:image/png;base64,") == 5
+    names = {"accuracy-n.png", "accuracy-flops.png", "level-1.png", "pass-rate-1.png", "diagnostics-1.png", "report.html"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
 
 

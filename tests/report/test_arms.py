@@ -78,7 +78,7 @@ def test_a_search_that_failed_counts_as_not_solved_and_is_told_of(run_of):
     run.records[1] |= {"error": "no room", "ledger": None, "correct": False, "answer": None}
     found = study([run], {})
     assert (found.arms[0].accuracy, found.arms[0].failed, found.arms[0].flops) == (0.5, 1, (1000.0, 0.0))
-    assert found.notes == ("1 searches failed and count as not solved, at no cost",)
+    assert found.notes == ("searches that failed and count as not solved, at no cost: 1",)
     assert [(one.id, one.errors) for one in found.problems] == [("p001", ("no room",))]
 
 

@@ -213,7 +213,7 @@ def study(runs: Sequence[RunRead], texts: Mapping[str, str], difficulty: Sequenc
     groupings = [*by_level, *_by_difficulty(difficulty, policies, ids)]
     failed = sum(arm.failed for arm in made)
     if failed:
-        notes.append(f"{failed} searches failed and count as not solved, at no cost")
+        notes.append(f"searches that failed and count as not solved, at no cost: {failed}")
     return Study(
         task=told[0].task,
         split=told[0].split,

@@ -7,6 +7,7 @@ drawn on white; a page that is dark inverts it. matplotlib is imported when a fi
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any, Literal
 
 from ..errors import MissingExtra
@@ -28,6 +29,8 @@ BAND, APART = 0.12, 1.4  # opacity of a band; ratio of neighbouring ticks at lea
 MARGIN = 3  # points above and below what is drawn
 DENSE = 300  # ratio of its ends up to which an axis has three ticks a decade
 LONGEST = 40  # characters of a name
+LETTER, HANDLE = 0.078, 0.6  # inches of a legend's letter, and of the line before it
+LINE, LINES = 46, 2  # of a panel's title: letters that fit into one, and how many there are
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ def accuracy_figure(study: Study, over: str) -> Figure:
         if over == "n"
         else "FLOPs executed a problem by policy and PRM together, on a logarithmic axis: further left is cheaper."
     )
-    return _drawn(study, f"accuracy-{over}", title, note, panels, over, "all" if over == "n" else "col")
+    return _compared(study, f"accuracy-{over}", title, note, panels, over, "all" if over == "n" else "col")
 
 
 def difficulty_figure(study: Study, grouping: Grouping, prm: str | None) -> Figure:
@@ -88,7 +91,7 @@ def difficulty_figure(study: Study, grouping: Grouping, prm: str | None) -> Figu
     number = "" if prm is None else f"-{study.prms.index(prm) + 1}"
     name = f"{'level' if grouping.name == 'level' else 'pass-rate'}{number}"
     title = f"Accuracy against all FLOPs by {grouping.name}{behind}"
-    return _drawn(study, name, title, "The same, for problems of each difficulty apart.", panels, "flops", "row")
+    return _compared(study, name, title, "The same, for problems of each difficulty apart.", panels, "flops", "row")
 
 
 def size_figure(study: Study) -> Figure:
@@ -96,7 +99,7 @@ def size_figure(study: Study) -> Figure:
     arms = {prm: [arm for arm in study.arms if arm.prm in (None, prm)] for prm in study.prms}
     panels = [[Panel("" if prm is None else f"with {prm}", own, _overall) for prm, own in arms.items()]]
     note = "Every policy on the same axes: a smaller policy's curve above a larger one's solves more for the same FLOPs."
-    return _drawn(study, "sizes", "Small policies against large ones", note, panels, "flops", "all", wide=5.6, high=4.6)
+    return _compared(study, "sizes", "Small policies against large ones", note, panels, "flops", "all", wide=5.6, high=4.6)
 
 
 def _overall(arm: Arm) -> Share:
@@ -119,32 +122,49 @@ def _policy_panel(study: Study, policy: str, prm: str | None) -> Panel:
 # --- drawing ----------------------------------------------------------------------------------------------------------------
 
 
-def _drawn(
-    study: Study, name: str, title: str, note: str, panels: list[list[Panel]], over: str, alike: Literal["row", "col", "all"],
-    wide: float = 3.7, high: float = 3.0,
-) -> Figure:  # fmt: skip
-    """alike: which panels have one axis of budgets, those of a "row", of a "col", or "all"."""
+def drawn(name: str, title: str, note: str, size: tuple[float, float], draw: Callable[[Any], None]) -> Figure:
+    """A figure of so many inches; `draw` is given matplotlib's. Raises MissingExtra where matplotlib is not installed."""
     try:
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Drawing
     except ImportError:
         raise MissingExtra("a report needs matplotlib and it is not installed: pip install 'tts-engine[report]'") from None
-    rows = [row for row in panels if any(panel.arms for panel in row)]
-    columns = max(map(len, rows))
-    size = wide * columns + 0.5, high * len(rows) + 0.9
     inked = dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.labelcolor", "axes.edgecolor"), INK)
     settings: Any = {"font.size": 9.0, "axes.linewidth": 0.6, "text.parse_math": False, **inked}
     with rc_context(settings):
         drawing = Drawing(figsize=size, dpi=DPI, layout="constrained")
         FigureCanvasAgg(drawing)
+        draw(drawing)
+        out = io.BytesIO()
+        drawing.savefig(out, format="png")
+    return Figure(name, title, note, round(size[0] * PIXEL), round(size[1] * PIXEL), out.getvalue())
+
+
+def dressed(axes: Any, title: str) -> None:
+    """What all axes look like."""
+    axes.tick_params(labelsize=8, labelleft=True, labelbottom=True)
+    axes.set_title("\n".join(wrap(harmless(title), LINE)[:LINES]), fontsize=9, loc="left")
+    axes.grid(True, color=GRID, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _compared(
+    study: Study, name: str, title: str, note: str, panels: list[list[Panel]], over: str, alike: Literal["row", "col", "all"],
+    wide: float = 3.7, high: float = 3.0,
+) -> Figure:  # fmt: skip
+    """alike: which panels have one axis of budgets, those of a "row", of a "col", or "all"."""
+    rows = [row for row in panels if any(panel.arms for panel in row)]
+    columns = max(map(len, rows))
+    unit, look = unit_of(study), _Look(study)
+    bounds = [bound for row in rows for panel in row for arm in panel.arms for bound in panel.share(arm).interval]
+    groups: dict[int, list[float]] = {}
+    for down, row in enumerate(rows):
+        for across, panel in enumerate(row):
+            groups.setdefault({"row": down, "col": across, "all": 0}[alike], []).extend(_places(panel, over, unit))
+
+    def draw(drawing: Any) -> None:
         grid = drawing.subplots(len(rows), columns, squeeze=False, sharey=True, sharex=alike)
-        unit, look = unit_of(study), _Look(study)
-        bounds = [bound for row in rows for panel in row for arm in panel.arms for bound in panel.share(arm).interval]
-        groups: dict[int, list[float]] = {}
-        for down, row in enumerate(rows):
-            for across, panel in enumerate(row):
-                groups.setdefault({"row": down, "col": across, "all": 0}[alike], []).extend(_places(panel, over, unit))
         for down, row in enumerate(rows):
             for across, axes in enumerate(grid[down]):
                 if across < len(row) and row[across].arms:
@@ -155,9 +175,8 @@ def _drawn(
                 else:
                     axes.set_axis_off()
         _legend(drawing, rows, look)
-        out = io.BytesIO()
-        drawing.savefig(out, format="png")
-    return Figure(name, title, note, round(size[0] * PIXEL), round(size[1] * PIXEL), out.getvalue())
+
+    return drawn(name, title, note, (wide * columns + 0.5, high * len(rows) + 0.9), draw)
 
 
 class _Look:
@@ -219,11 +238,8 @@ def _panel(axes: Any, panel: Panel, over: str, unit: Unit, look: _Look, places: 
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if places[-1] < DENSE * places[0] else (1,)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.tick_params(labelsize=8, labelleft=True, labelbottom=True)
     axes.set_xlabel("n" if over == "n" else f"{unit.name} a problem, policy and PRM")
-    axes.set_title(_short(panel.title), fontsize=9, loc="left")
-    axes.grid(True, color=GRID, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    dressed(axes, panel.title)
 
 
 def _legend(drawing: Any, panels: list[list[Panel]], look: _Look) -> None:
@@ -236,7 +252,7 @@ def _legend(drawing: Any, panels: list[list[Panel]], look: _Look) -> None:
     if any(len({arm.policy for arm in panel.arms}) > 1 for row in panels for panel in row):
         handles += [Line2D([], [], linestyle="", color=INK, label=_short(policy), **look.mark(policy))
                     for policy in look.policies if any(arm.policy == policy for arm in arms)]  # fmt: skip
-    columns = max(1, int(drawing.get_figwidth() // 1.25))
+    columns = max(1, int(drawing.get_figwidth() / (HANDLE + LETTER * max(len(str(handle.get_label())) for handle in handles))))
     drawing.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, handlelength=1.8)
 
 

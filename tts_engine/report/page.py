@@ -15,6 +15,7 @@ from ..errors import MissingExtra
 from .arms import Study
 from .curves import Figure, figures
 from .diagnostics import Diagnostics
+from .diagnostics_figure import diagnostics_figure
 from .diagnostics_table import diagnostics_table
 from .sheets import Sheet, sheets
 from .text import harmless
@@ -23,7 +24,7 @@ from .versions import package_version
 TEMPLATE = Path(__file__).with_name("page.html")
 PAGE = "report.html"
 WIDTH = 120  # columns of what is shown as on a terminal
-LONGEST, ENDING = 1200, 200  # characters that are quoted of a text, the last ones among them
+LONGEST = 1200  # characters that are quoted of a text, the last ones among them
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,8 @@ class Report:
 
 def make_report(study: Study, diagnostics: Sequence[Diagnostics] = ()) -> Report:
     """Raises MissingExtra where matplotlib is not installed."""
-    return Report(study, tuple(sheets(study)), tuple(figures(study)), tuple(diagnostics))
+    told = [diagnostics_figure(one, f"diagnostics-{number}") for number, one in enumerate(diagnostics, start=1)]
+    return Report(study, tuple(sheets(study)), (*figures(study), *told), tuple(diagnostics))
 
 
 def write_report(report: Report, directory: Path) -> Path:
@@ -77,11 +79,12 @@ def page(report: Report) -> str:
         raise MissingExtra("a report needs jinja2 and it is not installed: pip install 'tts-engine[report]'") from None
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"said": said, "base64": lambda data: base64.b64encode(data).decode("ascii")}
+    judged = [figure for figure in report.figures if figure.name.startswith("diagnostics-")]
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         study=report.study,
         sections=sections(report),
-        diagnostics=[(f"{one.subject.prm} on {one.subject.source}", plain(one)) for one in report.diagnostics],
+        diagnostics=[(figure, plain(one)) for figure, one in zip(judged, report.diagnostics, strict=True)],
         version=package_version("tts-engine") or "",
         now=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )
@@ -104,10 +107,10 @@ def plain(found: Diagnostics) -> str:
     return screen.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-def said(text: str | None) -> str:
+def said(text: str | None, longest: int = LONGEST) -> str:
     """Somebody else's text as it is quoted: without what could steer, and not endless."""
     if text is None:
         return "none"
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST - ENDING]} ... {text[-ENDING:]} ({len(text)} characters)"
+    if len(text) > longest:
+        text = f"{text[: longest - longest // 5]} ... {text[-(longest // 5) :]} ({len(text)} characters)"
     return harmless(text)
