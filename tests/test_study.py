@@ -13,6 +13,7 @@ from tts_engine.report.arms import Difficulty, RunRead, study
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the folder of benches, which no installation has
 
 from bench.study import claims as study_claims  # noqa: E402
+from bench.study import study as study_run  # noqa: E402
 from bench.study.claims import GOOD, LARGE, METHODS, MIDDLE, POOR, REDO, SIZES, SMALL, TINY, Side  # noqa: E402
 from bench.study.study import QUICK, Scale, jobs, strategy_jobs  # noqa: E402
 from bench.study.telling import claim_table, cost_table, main_grid, summary  # noqa: E402
@@ -194,3 +195,10 @@ def test_the_study_makes_all_that_its_claims_take():
     for split in ("calibration", "test"):
         assert {(split, *arm) for arm in arms_of(split)} <= made
     assert {job.recipe["limit"] for job in jobs(QUICK)} == {24}
+
+
+def test_without_its_models_the_study_says_how_to_make_them(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(study_run, "MODELS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["study.py", "--quick", "-o", str(tmp_path / "out")])
+    assert study_run.main() == 2
+    assert f"lacks {REDO}, {TINY}" in capsys.readouterr().err and not (tmp_path / "out").exists()

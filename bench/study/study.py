@@ -24,6 +24,8 @@ sys.path.insert(0, str(HERE.parents[1]))  # for the folder of benches, which no 
 
 from bench.study.claims import BUDGET, CHECKPOINTS, GOOD, LARGE, MIDDLE, POOR, REDO, SIZES, TINY, Side  # noqa: E402
 from bench.study.telling import write_results  # noqa: E402
+from tts_engine.cli import EXIT_INTERRUPTED, EXIT_USAGE, evidence  # noqa: E402
+from tts_engine.errors import EngineError  # noqa: E402
 from tts_engine.report.text import clock  # noqa: E402
 
 if TYPE_CHECKING:
@@ -134,7 +136,6 @@ def expected(scale: Scale, out: Path, pool: ProcessPoolExecutor) -> float:
 
 def fit_strategy(out: Path) -> Path:
     """On the calibration split, for every policy and PRM; written once."""
-    from tts_engine.cli import evidence
     from tts_engine.runs import describe_making
     from tts_engine.strategy.choose import fit
 
@@ -213,24 +214,38 @@ def diagnosed(out: Path) -> "dict[str, Diagnostics]":
     return found
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few problems and small budgets: about 5 minutes, and no result")
     parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="for the runs (default: runs/study, or runs/study-quick)")
     args = parser.parse_args()
     out = (args.out or Path("runs/study-quick" if args.quick else "runs/study")).resolve()
-    scale = QUICK if args.quick else Scale()
+    if missing := [name for name in (REDO, TINY, *CHECKPOINTS[:-1]) if not (MODELS / name).is_dir()]:
+        print(f"error: {MODELS} lacks {', '.join(missing)}: make them with python bench/study/models.py", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        run_study(QUICK if args.quick else Scale(), out, out / "results" if args.quick else RESULTS)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print(f"interrupted: what is done is safe in {out}; run the same command again to continue", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def run_study(scale: Scale, out: Path, results: Path) -> None:
+    """All of it, or what is left of it."""
     began = time.monotonic()
     with ProcessPoolExecutor(LANES, mp_context=get_context("spawn")) as pool:
-        if not args.quick:
+        if scale.limit is None:
             print(f"about {clock(expected(scale, out, pool))} on {LANES} idle cores", flush=True)
         make_all(jobs(scale), out, pool)
         make_all(strategy_jobs(scale, fit_strategy(out)), out, pool)
-    results = out / "results" if args.quick else RESULTS
     calibration, test = (gather_side(out, split) for split in ("calibration", "test"))
     write_results(calibration, test, diagnosed(out), json.loads((out / "strategy.json").read_text()), results)
     print(f"{clock(time.monotonic() - began)}: results in {results}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
