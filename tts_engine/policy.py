@@ -18,7 +18,7 @@ from .graphs import TICKS, DecodeGraphs, bucket_for
 from .kv.tree import NO_NODE
 from .ledger import DistinctStep, DistinctSteps, PolicyLedger, Work, pairs
 from .rows import END, FAULT, WHOLE, Change, Rows, Run
-from .runner import ModelRunner
+from .runner import ModelRunner, out_of_memory
 from .sampling import Sampling, sample
 from .search.driver import Answer, Ask, Draw, Driver, Round
 from .steps import StepRule
@@ -27,6 +27,7 @@ NO_TOKEN = -1  # what `sample` draws from logits that are no numbers
 MAX_PREFILL = 4096  # tokens of prompts and forgotten steps that one tick reads, beside at least one parent
 ANSWER_SIGN = "\\boxed{"
 NOT_FINITE = "the policy's logits are not finite: its weights or dtype are at fault"
+NO_MEMORY = "memory does not suffice to draw a single row: lower memory or kv_bytes, so that more is left for that"
 GUESS_ROWS = {"cpu": 16, "cuda": 192}  # by kind of device: beyond so many, a row that nobody asked for costs as much as another
 COVER = 2  # ticks that a device does while the host closes the steps that ended before them
 
@@ -139,6 +140,7 @@ class Policy:
         its own meanwhile. speculate: rows that would stand idle draw what is likely to be asked for next."""
         self.runner, self.rule, self.max_rows, self.graphs = runner, rule, max_rows, graphs
         self.speculate = speculate
+        self._most_rows, self.max_prefill = max_rows, MAX_PREFILL
         self.preemptions = 0
         self.more_room: Callable[[], bool] = lambda: False  # asked before a draw that was asked for is preempted
         self._head_flops = runner.decoder.spec.lm_head_flops
@@ -201,6 +203,7 @@ class Policy:
 
         With graphs rows decode for many ticks on end, and a call ends while these are under way. Where draws are seated that want
         more read than graphs can, that is one forward, and the next draws are seated after ticks on end.
+        A search whose logits are no numbers, or of which no row fits, fails and is abandoned; its driver knows why.
         """
         ticks, leaving = self._under_way, self._finish()
         try:
@@ -215,19 +218,22 @@ class Policy:
         try:
             if not self._rows or self._start(TICKS, batch):
                 return
-            logits, sources = self._forward(batch, decoding)
-        except BaseException:
+            tokens = self._draw(*self._forward(batch, decoding))
+        except BaseException as error:
+            rows = len(self._rows)
             self._send_back(decoding)
-            raise
+            if not out_of_memory(error):
+                raise
+            return self._shrink(rows, batch.num_tokens)
         self._seated = bool(batch.runs)
-        self._append(self._draw(logits, sources))
+        self._append(tokens)
 
     # Admission
 
     def _admit(self) -> _Batch:
         """Seat waiting draws, oldest first, while rows, blocks and the tick's prefill last; what must be read for them."""
         batch = _Batch(leases=len(self._rows.leases))
-        while self._waiting and not (self._rows and batch.num_tokens >= MAX_PREFILL):
+        while self._waiting and not (self._rows and batch.num_tokens >= self.max_prefill):
             if (not self._rows or len(self._rows) < self.max_rows) and self._seat(batch, self._waiting[0]):
                 self._waiting.popleft()
             elif not self._give_way():
@@ -350,6 +356,23 @@ class Policy:
             else:
                 self._guesses.remove(row)
 
+    def _shrink(self, rows: int, read: int) -> None:
+        """After a forward that was too much for the memory, of so many rows with `read` tokens read for them: half of what it had
+        more of from here on. Where it was one row alone, its search ends, and the others try as before."""
+        if rows == 1:
+            self._fail([*self._rows.owners, *self._waiting][0].context, NO_MEMORY)
+            self.max_rows, self.max_prefill = self._most_rows, MAX_PREFILL
+        elif read > rows and self.max_prefill > 1:
+            self.max_prefill = min(self.max_prefill, read) // 2
+        else:
+            self.max_rows = rows // 2
+            while len(self._rows) > self.max_rows:
+                self._preempt(self._rows.pop())
+
+    def _fail(self, context: DrawContext, why: str) -> None:
+        context.driver.fail(EngineError(why))
+        self.abandon(context)
+
     # One token a row
 
     def _draw(self, logits: torch.Tensor, sources: np.ndarray) -> np.ndarray:
@@ -363,16 +386,27 @@ class Policy:
 
     def _append(self, tokens: np.ndarray) -> None:
         """Add a token to each row; rows whose step ended leave, the others get room for what comes, or are preempted."""
-        listed = tokens.tolist()
-        if NO_TOKEN in listed:
-            raise EngineError(NOT_FINITE)
-        for row, token in zip(self._rows.owners, listed, strict=True):
+        if (no_token := tokens == NO_TOKEN).any():
+            tokens = tokens[self._rid_of_faults(no_token)]
+        for row, token in zip(self._rows.owners, tokens.tolist(), strict=True):
             row.tokens.append(token)
         change = self._rows.append(tokens, self.rule, self.runner.tree)
         if change.parted:
             self._part(change)
         self._extend()  # a closing row's spare slot may be the last one: rows that go on take room first
         self._leave(change.left)
+
+    def _rid_of_faults(self, no_token: np.ndarray) -> np.ndarray:
+        """End the searches of rows bool [B] that drew no token, but for guesses, which are dropped; bool [B], which rows stay."""
+        rows = self._rows.owners
+        faulty = [rows[place] for place in np.flatnonzero(no_token)]
+        ended = {row.context for row in faulty if row.round is None}
+        dropped = [row for row in faulty if row.context not in ended]
+        stays = np.array([row.context not in ended for row in rows], bool) & ~no_token
+        for context in ended:
+            self._fail(context, NOT_FINITE)
+        self._drop(dropped)
+        return stays
 
     def _part(self, change: Change[_Row]) -> None:
         """Rows that were read together, and differ now, go on under leases of their own."""
@@ -520,7 +554,7 @@ class Policy:
                     continue
                 crowded = len(self._rows) >= self._most_guessing or tree.available() <= 2 * len(self._rows)
                 guess = _Row(context, None, 0, draw, round)
-                if idle <= 0 or crowded or batch.num_tokens >= MAX_PREFILL or not self._seat(batch, guess):
+                if idle <= 0 or crowded or batch.num_tokens >= self.max_prefill or not self._seat(batch, guess):
                     break
                 self._guesses.append(guess)
                 idle -= 1
@@ -592,9 +626,10 @@ class Policy:
         if not self._under_way or self.graphs is None:
             return []
         drawn, ticks = self.graphs.finish(), self._under_way
-        rows, self._under_way = self._rows.owners, 0
-        if any(drawn.stop[row.seat] & FAULT for row in rows):
-            raise EngineError(NOT_FINITE)
+        self._under_way = 0
+        if (faulty := drawn.stop[[row.seat for row in self._rows.owners]] & FAULT).any():
+            self._rid_of_faults(faulty != 0)
+        rows = self._rows.owners
         if rows:  # those of the batch that are nobody's, and those that had stopped, went through every tick all the same
             beside = ticks * (bucket_for(len(drawn.drawn)) or 0) - int(drawn.drawn.sum())
             rows[-1].context.ledger.padding_flops += self.flops(Work(tokens=beside, reads=beside))
