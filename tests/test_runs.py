@@ -18,7 +18,7 @@ from tts_engine.errors import OutOfBlocks, RunError
 from tts_engine.ledger import PolicyLedger, PRMLedger
 from tts_engine.report.table import cell_of
 from tts_engine.runs import PROBLEMS, RUN, Run, describe_run, evaluate, read_run
-from tts_engine.search import BeamSearch, Majority
+from tts_engine.search import Adaptive, BeamSearch, Majority
 from tts_engine.tasks.problems import Problem, load_task
 from tts_engine.testing import random_policy_directory, random_prm_directory
 
@@ -283,6 +283,36 @@ def test_a_place_that_is_no_directory_is_refused(models, tmp_path):
         Run(tmp_path / "file" / "run", describe(models))
     with pytest.raises(RunError, match="cannot be read: No such file"):
         list(read_run(tmp_path / "nowhere"))
+
+
+def test_a_shared_budget_is_divided_as_if_the_run_had_never_stopped(models, tmp_path):
+    method = Adaptive(n=8, batch=2, budget="1000tokens", max_steps=2)
+    described = describe(models, method=method)
+
+    class Stop(Exception):
+        pass
+
+    def until(count):
+        def finished(record):
+            nonlocal count
+            count -= 1
+            if not count:
+                raise Stop
+
+        return finished
+
+    with Engine.from_pretrained(models / "policy", models / "prm", **SETTINGS) as engine:
+        for name, stops in (("whole", [0]), ("stopped", [3, 0])):
+            for stop in stops:
+                with Run(tmp_path / name, described) as run:
+                    try:
+                        evaluate(engine, problems()[:8], method, run, seed=0, finished=until(stop))
+                        assert not stop
+                    except Stop:
+                        assert stop and len(run.done) < 8
+    whole, stopped = (sorted(read_run(tmp_path / name), key=lambda record: record["id"]) for name in ("whole", "stopped"))
+    assert [without_costs(record) for record in whole] == [without_costs(record) for record in stopped]
+    assert len({len(record["branches"]) for record in whole}) > 1
 
 
 def test_a_problem_that_can_never_fit_is_recorded_and_the_rest_go_on(models, tmp_path):

@@ -107,6 +107,13 @@ ENGINE_OPTIONS: list[tuple[str, Callable[[str], Any] | None, str]] = [
 # Those of them that decide how a PRM reads.
 READING_OPTIONS = ("load", "dtype", "device", "backend", "memory", "kv_bytes", "block_size", "prm_family", "deterministic")
 GROUPINGS = get_args(Grouping)
+# Settings of the method that stops by itself: name, how it is read, help.
+ADAPTIVE_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
+    ("vote", str, "what must not change: majority, or by a PRM last_vote, last_max, min_vote, ... (default majority)"),
+    ("bound", real, "how likely the answer may be another than that of n draws; 0: never (default 0)"),
+    ("batch", integer, "draws at a time (default 4)"),
+    ("budget", str, "for all problems together, spent where a vote may still change: 50000tokens, 2e9flops, 60s (default: none)"),
+]
 
 # What a bench sets beside its models and engine: the flag, how one of its values is read, help. The steps' lengths are its own.
 BENCH_DEPTH = 4  # the models that ship have 512 positions
@@ -149,6 +156,8 @@ def make_parser() -> Parser:
     group.add_argument("--rules", choices=PRESETS, metavar="R", help=f"{', '.join(PRESETS)}, as documented (default paper)")
     group.add_argument("--temperature", type=real, help="of the draws (default: the rules', 0.7 or 0.8; cot is greedy)")
     group.add_argument("--max-steps", type=integer, metavar="STEPS", help="steps after which a solution is cut (default 40)")
+    for name, read, text in ADAPTIVE_OPTIONS:
+        group.add_argument(f"--{name}", type=read, metavar=name.upper(), help=f"for adaptive: {text}")
     group.add_argument("--seed", type=integer, default=0, help="of all random numbers (default 0)")
     group.add_argument("--strategy", metavar="FILE", help=f"for --method {AUTO}: as fit wrote it, or paper_table")
     json_last.add_argument("--json", action="store_true", help="end with one JSON line on standard output")
@@ -668,7 +677,8 @@ def run_embedded_check(args: argparse.Namespace) -> int:
 
 def chosen_method(args: argparse.Namespace) -> Method:
     """The method with the settings that were given; the budget has a default, for the methods that have a budget."""
-    named = {name: getattr(args, name) for name in ("n", "width", "rules", "temperature", "max_steps")}
+    own = ("n", "width", "rules", "temperature", "max_steps", *(name for name, *_ in ADAPTIVE_OPTIONS))
+    named = {name: getattr(args, name) for name in own}
     settings = {name: value for name, value in named.items() if value is not None}
     if "n" in {field.name for field in fields(METHODS[args.method])}:
         settings.setdefault("n", BUDGET)
@@ -686,7 +696,7 @@ def chosen_search(args: argparse.Namespace, task: str | None = None, problems: S
         return method, *chosen_engine(args, method)
     if args.strategy is None:
         raise EngineError(f"--method {AUTO} needs --strategy: a file that fit wrote, or paper_table")
-    for name in ("width", "rules", "temperature", "max_steps"):
+    for name in ("width", "rules", "temperature", "max_steps", *(name for name, *_ in ADAPTIVE_OPTIONS)):
         if getattr(args, name) is not None:
             raise EngineError(f"{AUTO} has no setting {name!r}: the strategy has it")
     from .strategy.auto import Auto, table_for

@@ -21,7 +21,7 @@ from .ledger import Ledger
 from .report.tree import in_order
 from .report.versions import package_version
 from .results import Chooser, SearchResult
-from .search import Method
+from .search import Adaptive, Method
 from .tasks.grader import Grader
 from .tasks.problems import Problem
 
@@ -288,15 +288,23 @@ def evaluate(
 
     A problem that can never fit is recorded as an error and the rest go on; where none fits, that is an error of the settings
     and raised. So is one whose search the PRM cannot read to its end. Where a Chooser would have chosen, an error is recorded under
-    the last of its methods, none being chosen.
+    the last of its methods, none being chosen. Problems that share a budget are all searched again, so that each is given what it
+    would have been given had the run never stopped.
     """
     stand_in = method.methods[-1] if isinstance(method, Chooser) else method
     done = run.done
     waiting = [problem for problem in problems if problem.id not in done]
+    if waiting and isinstance(method, Adaptive) and method.budget is not None:
+        waiting = list(problems)
     refused = {problem.id: error for problem in waiting if (error := _refusal(engine, problem, method, seed))}
     if waiting and len(refused) == len(waiting):
         raise next(iter(refused.values()))
-    put = timed(run, finished)
+    append = timed(run, finished)
+
+    def put(record: dict[str, Any]) -> None:
+        if record["id"] not in done:
+            append(record)
+
     for problem in waiting:
         if problem.id in refused:
             put(describe_failure(problem, stand_in, seed, refused[problem.id]))
