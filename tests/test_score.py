@@ -127,6 +127,7 @@ METHODS = [
     make_method("beam", n=4, max_steps=4, rules="reference"),
     make_method("dvts", n=4, max_steps=4, rules="sal"),
     make_method("rebase", n=4, max_steps=4),
+    make_method("adaptive", n=4, max_steps=4, batch=1, vote="mean_max", bound=0.3, budget="1e12flops"),
 ]
 
 
