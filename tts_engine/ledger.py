@@ -234,6 +234,12 @@ class ModelLedger:
         return self.flops - sum(self.wasted_flops.values())
 
     @property
+    def asked_flops(self) -> int:
+        """What the ideal executor computes. It follows from what was drawn and scored alone, so it is the cost by which searches
+        are compared that were not executed alike; in a record of an earlier version, which has no count of it, those executed."""
+        return self.ideal_flops or self.flops
+
+    @property
     def found_flops(self) -> int:
         """Those of the ideal executor that the search was spared: other searches had computed as much for it."""
         return self.ideal_flops - self.useful_flops
@@ -333,10 +339,9 @@ class Ledger:
         return self.policy.flops + self.prm.flops
 
     @property
-    def asked_flops(self) -> int | None:
-        """What the ideal executor computes, policy and PRM together. It follows from what was drawn and scored alone, so it is the
-        cost by which searches are compared that were not executed alike; None in a record of an earlier version."""
-        return self.policy.ideal_flops + self.prm.ideal_flops if self.policy.ideal_flops else None
+    def asked_flops(self) -> int:
+        """Policy and PRM together."""
+        return self.policy.asked_flops + self.prm.asked_flops
 
     @property
     def useful(self) -> float | None:

@@ -336,7 +336,7 @@ def _accuracies(side: Side, prm: str, names: Sequence[str]) -> dict[str, dict[st
 
 def _cost(arm: Arm, prm: str | None = None) -> dict[str, Any]:
     ledger = arm.ledger
-    parts = {"policy": ledger.policy.flops / GIGA / arm.searches, "PRM": ledger.prm.flops / GIGA / arm.searches}
+    parts = {"policy": ledger.policy.asked_flops / GIGA / arm.searches, "PRM": ledger.prm.asked_flops / GIGA / arm.searches}
     return {"policy": arm.policy, "prm": prm, "method": arm.label, "accuracy": arm.accuracy, "interval_95": list(arm.interval),
             "gflop": arm.gflop, "gflop_by": parts}  # fmt: skip
 

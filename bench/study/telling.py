@@ -132,5 +132,7 @@ def cost_table(test: Side, training: Mapping[str, float]) -> str:
 
 def _arm(arm: Arm) -> dict[str, Any]:
     return {"policy": arm.policy, "prm": arm.prm, "method": arm.method, "n": arm.n, "made": arm.made, "accuracy": arm.accuracy,
-            "interval_95": list(arm.interval), "gflop": arm.gflop, "policy_gflop": arm.ledger.policy.flops / GIGA / arm.searches,
-            "prm_gflop": arm.ledger.prm.flops / GIGA / arm.searches, "useful": arm.ledger.useful, "failed": arm.failed}  # fmt: skip
+            "interval_95": list(arm.interval), "gflop": arm.gflop,
+            "policy_gflop": arm.ledger.policy.asked_flops / GIGA / arm.searches,
+            "prm_gflop": arm.ledger.prm.asked_flops / GIGA / arm.searches, "useful": arm.ledger.useful,
+            "failed": arm.failed}  # fmt: skip

@@ -62,7 +62,7 @@ class Arm:
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]  # one a seed
     solved: tuple[float, ...]  # by problem, the share of seeds
-    flops: tuple[float, ...]  # by problem, policy and PRM, the mean of seeds
+    flops: tuple[float, ...]  # asked for by problem, policy and PRM, the mean of seeds
     ledger: Ledger  # of all problems and seeds
     failed: int
 
@@ -88,8 +88,8 @@ class Arm:
 
     @property
     def gflop(self) -> float:
-        """A problem, policy and PRM."""
-        return self.ledger.flops / GIGA / self.searches
+        """Asked for a problem, policy and PRM: what replayed and searched runs are compared by."""
+        return self.ledger.asked_flops / GIGA / self.searches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,7 +320,7 @@ def _arm(
     costs: dict[str, float] = dict.fromkeys(sorted(ids), 0.0)
     for record in (record for part in records for record in part):
         if record["ledger"]:
-            costs[record["id"]] += Ledger.from_dict(record["ledger"]).flops / len(group)
+            costs[record["id"]] += Ledger.from_dict(record["ledger"]).asked_flops / len(group)
     cells = tuple(cell_of(part, policy, facts.prm is not None) for part in records)
     total = Ledger.empty()
     for cell in cells:

@@ -108,8 +108,8 @@ def accuracy_rows(study: Study) -> list[AccuracyRow]:
             AccuracyRow(
                 arm=arm,
                 share=share_of(arm, range(len(arm.ids))),
-                policy_gflop=ledger.policy.flops / GIGA / arm.searches,
-                prm_gflop=ledger.prm.flops / GIGA / arm.searches,
+                policy_gflop=ledger.policy.asked_flops / GIGA / arm.searches,
+                prm_gflop=ledger.prm.asked_flops / GIGA / arm.searches,
                 by=by,
             )
         )

@@ -71,7 +71,7 @@ def accuracy_figure(study: Study, over: str) -> Figure:
     note = (
         "n: candidate steps a round, or whole solutions. Equal n is not equal cost: see the next figure."
         if over == "n"
-        else "FLOPs executed a problem by policy and PRM together, on a logarithmic axis: further left is cheaper."
+        else "FLOPs a problem without waste, policy and PRM together, on a logarithmic axis: further left is cheaper."
     )
     return _compared(study, f"accuracy-{over}", title, note, panels, over, "all" if over == "n" else "col")
 

@@ -67,7 +67,7 @@ def accuracy_sheet(study: Study, unit: Unit) -> Sheet:
     ]  # fmt: skip
     seeds = max(len(arm.cells) for arm in study.arms)
     how = "Wilson's" if seeds == 1 else "of several seeds by resampling problems, else Wilson's"
-    note = f"Problems solved with the 95 % interval ({how}); FLOPs executed a problem, those of policy and PRM apart and together."
+    note = f"Problems solved with the 95 % interval ({how}); FLOPs a problem without waste, of policy and PRM apart and together."
     headings = (*ARM, "solved %\n(95 %)", f"policy\n{unit.name}", f"PRM\n{unit.name}", f"both\n{unit.name}")
     return Sheet("accuracy", f"Accuracy and compute over {len(study.ids)} problems", note, headings, tuple(rows), len(ARM))
 

@@ -222,14 +222,11 @@ class Evidence:
 
 
 def outcome_of(record: dict[str, Any]) -> tuple[bool, int]:
-    """Whether a problem was solved, and the FLOPs of policy and PRM, by the ideal executor where they were counted: runs that were
-    not executed alike are compared. Raises StrategyError for one without a known answer."""
+    """Whether a problem was solved, and the FLOPs that it asked for, policy and PRM. Raises StrategyError for one without a known
+    answer."""
     if record["correct"] is None:
         raise StrategyError(f"problem {record['id']} has no known answer, so no method can be chosen by it")
-    if not record["ledger"]:
-        return record["correct"], 0
-    ledger = Ledger.from_dict(record["ledger"])
-    return record["correct"], ledger.flops if ledger.asked_flops is None else ledger.asked_flops
+    return record["correct"], Ledger.from_dict(record["ledger"]).asked_flops if record["ledger"] else 0
 
 
 def fit(
