@@ -10,7 +10,9 @@ settled once all but the leader are: the leader is wrong only where the winner w
 
 So of all problems whose vote is settled early, or of all repetitions of one, a share of at most `bound` is expected to end in
 another answer than the n draws would have given, whatever the answers are and how likely, whatever the policy and the PRM, and
-however often one looks. Nothing is assumed of the distribution, and no posterior is asked.
+however often one looks. Nothing is assumed of the distribution. A posterior of the two foremost answers, as Adaptive-Consistency
+asks it (Aggarwal et al. 2023, arXiv 2305.11860), stops sooner, and is wrong more often than it says where two answers are equally
+likely.
 """
 
 import math
