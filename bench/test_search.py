@@ -21,11 +21,11 @@ from transformers import DynamicCache
 from tts_engine import _C
 from tts_engine.attention import make_backend
 from tts_engine.branch import Branch, root_branch
+from tts_engine.draws import Limits
 from tts_engine.engine import Engine
 from tts_engine.ledger import PRMLedger
 from tts_engine.models.linear import Widened
 from tts_engine.models.weights import RandomCheckpoint
-from tts_engine.policy import Limits
 from tts_engine.prm.scorer import ScoreContext
 from tts_engine.runner import ModelRunner
 from tts_engine.search import Driver, Majority, make_method

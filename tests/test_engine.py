@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tts_engine import policy as policy_room
+from tts_engine import guesses as guesses_room
 from tts_engine.branch import Finish
 from tts_engine.engine import Engine, EngineConfig, kv_room, workspace
 from tts_engine.errors import EngineError, OutOfBlocks
@@ -225,13 +225,13 @@ def test_a_second_search_in_a_warm_engine_gives_the_same_bits_for_less(models, a
 )
 @by_name
 def test_speculation_changes_no_bit(models, alone, monkeypatch, method, settings, count, batch):
-    monkeypatch.setattr(policy_room, "GUESS_ROWS", {"cpu": 40})
+    monkeypatch.setattr(guesses_room, "MOST_ROWS", {"cpu": 40})
     monkeypatch.setattr(scorer_room, "BATCH_TOKENS", batch)
     engine = load(models, deterministic=True, speculate=True, **settings)
     policy, forward = engine.policy, engine.policy.runner.forward
 
     def yielding(segments, read_at):
-        assert not (policy._waiting and policy._num_guessing), "a draw waits while rows decode what nobody asked for"
+        assert not (policy._waiting and policy._guesses.num_decoding), "a draw waits while rows decode what nobody asked for"
         return forward(segments, read_at)
 
     monkeypatch.setattr(policy.runner, "forward", yielding)
@@ -244,7 +244,7 @@ def test_speculation_changes_no_bit(models, alone, monkeypatch, method, settings
 
 @pytest.mark.parametrize("method", STEP_METHODS[1:3], ids=lambda method: method.name)
 def test_speculation_yields_to_a_budget_that_holds_little_more_than_one_branch(models, alone, monkeypatch, method):
-    monkeypatch.setattr(policy_room, "GUESS_ROWS", {"cpu": 40})
+    monkeypatch.setattr(guesses_room, "MOST_ROWS", {"cpu": 40})
     for blocks in (27, 60):
         engine = load(models, deterministic=True, speculate=True, kv_bytes=tiny_pool(models, blocks))
         results = engine.search(PROBLEMS[:3], method, seed=3)
@@ -266,7 +266,7 @@ def test_what_speculation_wasted_is_told_and_nothing_else_is_more(models, alone,
 
 @pytest.mark.parametrize("ticks", [5, 12, 25, 40])
 def test_a_search_cancelled_or_failing_while_it_speculates_leaves_nothing_behind(models, alone, monkeypatch, ticks):
-    monkeypatch.setattr(policy_room, "GUESS_ROWS", {"cpu": 40})
+    monkeypatch.setattr(guesses_room, "MOST_ROWS", {"cpu": 40})
     engine, method = load(models, deterministic=True, speculate=True, max_rows=12), STEP_METHODS[1]
     forward, calls = engine.policy.runner.forward, iter(range(1000))
 
@@ -279,7 +279,7 @@ def test_a_search_cancelled_or_failing_while_it_speculates_leaves_nothing_behind
     with pytest.raises(KeyboardInterrupt):
         engine.search(PROBLEMS[:3], method, seed=3)
     assert_at_rest(engine)
-    assert not engine.policy._guesses and not engine.policy._rounds
+    assert not engine.policy._guesses.rows and not engine.policy._guesses.rounds
     stream = engine.stream(PROBLEMS[:3], method, seed=3)
     next(stream)
     stream.close()

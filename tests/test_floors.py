@@ -17,7 +17,7 @@ FLOORS = {
     3: {"attention"},
     4: {"models"},
     5: {"runner", "graphs", "sampling"},
-    6: {"steps", "rows", "policy", "prm"},
+    6: {"steps", "rows", "draws", "accounts", "guesses", "policy", "prm"},
     7: {"engine", "tasks", "results"},
     8: {"strategy", "report", "embedded"},
     9: {"runs", "score", "rescore", "diagnose", "sweep", "gather", "demo", "bench", "cli", "__main__"},
@@ -29,7 +29,8 @@ FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 NEIGHBOURS = {
     ("branch", "errors"), ("config", "errors"), ("ledger", "errors"),
     ("scheduler", "kv"),
-    ("runner", "graphs"), ("runner", "sampling"), ("policy", "steps"), ("policy", "rows"), ("rows", "steps"),
+    ("runner", "graphs"), ("runner", "sampling"), ("rows", "steps"), ("draws", "rows"), ("accounts", "draws"),
+    ("guesses", "draws"), ("guesses", "rows"), *(("policy", room) for room in ("steps", "rows", "draws", "accounts", "guesses")),
     ("engine", "results"), ("engine", "tasks"), ("results", "tasks"),
     ("strategy", "report"),
     ("score", "runs"), ("rescore", "runs"), ("rescore", "score"), ("demo", "runs"),

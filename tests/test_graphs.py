@@ -313,7 +313,7 @@ def test_ticks_computed_for_nobody_are_padding(models):
     engine.policy.graphs.finish = counting
     results = engine.search(PROBLEMS, make_method("beam", n=8, max_steps=5), seed=1)
     counted = sum(result.ledger.policy.padding_flops for result in results)
-    assert counted == sum(beside) * engine.policy.flops(Work(tokens=1, reads=1)) > 0
+    assert counted == sum(beside) * engine.policy.accounts.flops(Work(tokens=1, reads=1)) > 0
 
 
 def test_few_rows_are_the_same_on_end(models):

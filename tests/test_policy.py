@@ -9,10 +9,11 @@ import torch
 from tts_engine import policy as room
 from tts_engine.attention import make_backend
 from tts_engine.branch import root_branch
+from tts_engine.draws import DrawContext, Limits
 from tts_engine.ledger import PolicyLedger
 from tts_engine.models.tokenizer import encode_prompt, load_tokenizer, token_bytes
 from tts_engine.models.weights import load_decoder
-from tts_engine.policy import DrawContext, Limits, Policy
+from tts_engine.policy import Policy
 from tts_engine.runner import ModelRunner
 from tts_engine.sampling import Sampling, gumbel, philox_key, sample
 from tts_engine.search import Cot, Driver, Majority

@@ -22,6 +22,7 @@ import torch
 from .attention import make_backend, refuse_windows
 from .attention.triton_tree import TritonTreeAttention
 from .branch import Branch, root_branch
+from .draws import DrawContext, Limits
 from .errors import EngineError, MissingExtra, OutOfBlocks
 from .graphs import DecodeGraphs
 from .kv.admission import Admission
@@ -32,7 +33,7 @@ from .models.linear import activations
 from .models.spec import DecoderSpec
 from .models.tokenizer import chat_template, encode_prompt, end_ids, load_tokenizer, token_bytes
 from .models.weights import SOURCES, Checkpoint, load_decoder, resolve_checkpoint, weight_bytes
-from .policy import MAX_PREFILL, DrawContext, Limits, Policy
+from .policy import MAX_PREFILL, Policy
 from .prm.families import FAMILIES, recognise, refuse_as_policy
 from .prm.scorer import ScoreContext, Scorer
 from .prm.spec import TokenPair, TwoClassHead
@@ -406,7 +407,7 @@ class Engine:
     def _cost(self, search: _Search) -> Cost:
         """What an ideal executor would have computed for the search by now: that much follows from its tree alone."""
         drawn, _ = search.drawing.steps.drawn()
-        cost = Cost(drawn.tokens, self.policy.flops(drawn))
+        cost = Cost(drawn.tokens, self.policy.accounts.flops(drawn))
         if self.scorer is not None and search.scoring is not None:
             read = search.scoring.steps.read_once(self.scorer.spec.read_at)
             cost = Cost(cost.tokens + read.tokens, cost.flops + self.scorer.flops(read))
@@ -527,7 +528,7 @@ class Engine:
         )
         accepted = {step.identity: len(step.tokens) for branch in search.driver.result for step in branch.steps}
         ledger.tokens_accepted = sum(accepted.values())
-        self.policy.count(search.drawing)
+        self.policy.accounts.count(search.drawing)
         if self.scorer is not None and search.scoring is not None:
             self.scorer.count(search.scoring)
         search.ledger.seconds = time.perf_counter() - search.started

@@ -6,21 +6,23 @@ their tokens differ. What a tick holds decides nothing but speed.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from .accounts import PolicyAccounts
 from .branch import Branch, Finish
+from .draws import Batch, DrawContext, Missing, OpenDraw
 from .errors import EngineError
 from .graphs import TICKS, DecodeGraphs, bucket_for
+from .guesses import Guesses
 from .kv.tree import NO_NODE
-from .ledger import DistinctStep, DistinctSteps, PolicyLedger, Work, pairs
+from .ledger import Work
 from .rows import END, FAULT, WHOLE, Change, Rows, Run
 from .runner import ModelRunner, out_of_memory
 from .sampling import Sampling, sample
-from .search.driver import Answer, Ask, Draw, Driver, Round
+from .search.driver import Answer, Ask
 from .steps import StepRule
 
 NO_TOKEN = -1  # what `sample` draws from logits that are no numbers
@@ -28,107 +30,7 @@ MAX_PREFILL = 4096  # tokens of prompts and forgotten steps that one tick reads,
 ANSWER_SIGN = "\\boxed{"
 NOT_FINITE = "the policy's logits are not finite: its weights or dtype are at fault"
 NO_MEMORY = "memory does not suffice to draw a single row: lower memory or kv_bytes, so that more is left for that"
-GUESS_ROWS = {"cpu": 16, "cuda": 192}  # by kind of device: beyond so many, a row that nobody asked for costs as much as another
 COVER = 2  # ticks that a device does while the host closes the steps that ended before them
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Where a branch is cut: tokens of one step, tokens of all steps, positions the model has."""
-
-    max_step_tokens: int
-    max_tokens: int
-    max_positions: int
-
-    def step_room(self, used: int, prompt_tokens: int) -> int:
-        """Tokens that the next step may have behind the prompt's and `used` others."""
-        return min(self.max_step_tokens, self.max_tokens - used, self.max_positions - prompt_tokens - used)
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class DrawContext:
-    """What all draws of one search have in common. `drawn` is told every child as it closes. score_of: the score of a child that
-    was read before anybody asked, None where it was not yet."""
-
-    driver: Driver
-    sampling: Sampling
-    key: tuple[int, int]  # of the random numbers, see sampling.philox_key
-    limits: Limits
-    max_steps: int
-    prompt_tokens: int
-    ledger: PolicyLedger
-    drawn: Callable[[Branch], None]
-    score_of: Callable[[Branch], float | None] = lambda child: None
-    nodes: dict[int, int] = field(default_factory=dict)  # by identity: the step's node, all above it computed; or a stale handle
-    steps: DistinctSteps = field(init=False)  # those that closed
-    work: Work = field(default_factory=Work)  # done since it was last counted
-    ventured: dict[int, int] = field(default_factory=dict)  # by identity of a step: FLOPs behind it for guesses alone
-
-    def __post_init__(self) -> None:
-        self.steps = DistinctSteps(self.prompt_tokens)
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """One draw on its way to its `place` in an answer: waiting, or decoding under a lease. A row that was preempted waits with the
-    tokens it has and resumes behind them.
-
-    A guess is a draw that nobody has asked for, but may when `round` is over; it is asked for in its turn, or dropped.
-    """
-
-    context: DrawContext
-    answer: Answer | None
-    place: int
-    draw: Draw
-    round: Round | None = None  # of a guess
-    tokens: list[int] = field(default_factory=list)
-    lease: int = NO_NODE
-    path_start: int = 0  # tokens on the path before the step
-    first: int = 0  # tokens it had when its lease began
-    follows: bool = False  # its lease is another's too, who answers for what is computed under it
-    skipped: int = 0  # leading tokens under its lease that were computed on another's account
-    spared: int = 0  # leading tokens that never were computed on its own account
-    seat: int = 0  # among the rows of the ticks that are under way
-    computed: int = 0  # leading tokens that were computed in earlier leases
-    text: str = ""  # once its step is whole
-    finish: Finish | None = None
-    flops: int = 0  # of a guess that decodes no longer
-
-
-@dataclass(slots=True, eq=False)
-class _Missing:
-    """What a tick reads of one step's tokens, on the account of the first search that needs it."""
-
-    context: DrawContext
-    step: DistinctStep
-    start: int
-    kept: bool  # its keys and values are there: what is missing is the last token's hidden state
-
-
-@dataclass(slots=True, eq=False)
-class _Batch:
-    """What one tick reads for the rows it admits."""
-
-    leases: int = 0  # of all rows
-    runs: list[Run] = field(default_factory=list)
-    num_tokens: int = 0  # of all runs
-    run_of: dict[int, int] = field(default_factory=dict)  # node -> its run
-    sources: list[int] = field(default_factory=list)  # for each row admitted: the run that its next token is drawn behind
-    missing: dict[int, _Missing] = field(default_factory=dict)  # run -> its account, where it is a node's
-    first: dict[int, _Row] = field(default_factory=dict)  # run -> the first draw behind it
-    # The first draw of each search that begins behind a node with such tokens of its step, and the run that it draws behind.
-    begun: dict[tuple[DrawContext, int, tuple[int, ...]], tuple[_Row, int]] = field(default_factory=dict)
-
-    @property
-    def can_go_on(self) -> bool:
-        """Whether every row that it is read for has one token of it to itself, as rows that decode have."""
-        return len(set(self.sources)) == len(self.sources) == len(self.runs) == self.num_tokens
-
-    def add(self, run: Run) -> int:
-        """Its number."""
-        self.runs.append(run)
-        self.num_tokens += len(run.tokens)
-        return len(self.runs) - 1
 
 
 class Policy:
@@ -143,11 +45,10 @@ class Policy:
         self._most_rows, self.max_prefill = max_rows, MAX_PREFILL
         self.preemptions = 0
         self.more_room: Callable[[], bool] = lambda: False  # asked before a draw that was asked for is preempted
-        self._head_flops = runner.decoder.spec.lm_head_flops
-        self._waiting: deque[_Row] = deque()
-        self._rows = Rows[_Row](max_rows)
-        self._rounds: list[tuple[DrawContext, Round]] = []  # under way, whose programs say how they go on
-        self._guesses: list[_Row] = []  # oldest first, decoding or whole
+        self.accounts = PolicyAccounts(runner)
+        self._waiting: deque[OpenDraw] = deque()
+        self._rows = Rows[OpenDraw](max_rows)
+        self._guesses = Guesses(self._rows, runner.tree, runner.decoder.device.type, seat=self._seat, leave=self._withdraw)
         self._samplings: dict[Sampling, int] = {}
         self._under_way = 0  # ticks that the graphs were told to do
         self._seated = False  # the last forward was read by draws that it seated
@@ -164,26 +65,30 @@ class Policy:
     @property
     def num_open(self) -> int:
         """Draws asked for that wait or decode."""
-        return len(self._waiting) + len(self._rows) - self._num_guessing
+        return len(self._waiting) + len(self._rows) - self._guesses.num_decoding
 
     def submit(self, context: DrawContext, ask: Ask) -> None:
         """Take an Expand; it is answered through the context's driver during some tick, or at once where all of it was guessed."""
         answer = Answer(context.driver, ask)
         if self.speculate and ask.round is not None and ask.round.outlook.kept is not None:
-            self._rounds.append((context, ask.round))
-        guesses = {row.draw.identity: row for row in self._guesses if row.context is context}
+            self._guesses.rounds.append((context, ask.round))
+        guesses = {row.draw.identity: row for row in self._guesses.rows if row.context is context}
         for place, draw in enumerate(ask.draws):
             guess = guesses.get(draw.identity)
             if guess is None:
-                self._waiting.append(_Row(context, answer, place, draw))
+                self._waiting.append(OpenDraw(context, answer, place, draw))
             else:
-                self._adopt(guess, answer, place, draw)
+                self._guesses.adopt(guess, answer, place, draw)
+                if guess.lease == NO_NODE:
+                    self._deliver(guess)
 
     def settle(self, context: DrawContext) -> None:
         """Drop the guesses that were not asked for when their program went on."""
-        if any(round.over for _, round in self._rounds):
-            self._drop([row for row in self._guesses if row.context is context and row.round is not None and row.round.over])
-            self._rounds = [(whose, round) for whose, round in self._rounds if whose is not context or not round.over]
+        self._guesses.settle(context)
+
+    def wants_scores(self) -> bool:
+        """Whether more of what has closed should be read soon, so that idle rows have something to draw."""
+        return len(self._rows) < self.max_rows and self._guesses.wants_scores()
 
     def retire(self, context: DrawContext) -> None:
         """A search is over: its steps go first where room is needed, its prompt stays."""
@@ -195,8 +100,7 @@ class Policy:
         for lease in {row.lease for row in self._rows.owners if row.context is context}:
             self.runner.tree.release(lease)
         self._rows.keep([row.context is not context for row in self._rows.owners])
-        self._guesses = [row for row in self._guesses if row.context is not context]
-        self._rounds = [(whose, round) for whose, round in self._rounds if whose is not context]
+        self._guesses.abandon(context)
 
     def tick(self) -> None:
         """Admit what fits, run one forward, draw one token a row, close the steps that ended.
@@ -213,7 +117,7 @@ class Policy:
             self._leave(leaving)
         if self._under_way:
             return
-        batch = _Batch() if self._seated and self._rows and self.graphs is not None else self._admit()
+        batch = Batch() if self._seated and self._rows and self.graphs is not None else self._admit()
         self._seated, decoding = False, len(self._rows) - len(batch.sources)
         try:
             if not self._rows or self._start(TICKS, batch):
@@ -230,20 +134,20 @@ class Policy:
 
     # Admission
 
-    def _admit(self) -> _Batch:
+    def _admit(self) -> Batch:
         """Seat waiting draws, oldest first, while rows, blocks and the tick's prefill last; what must be read for them."""
-        batch = _Batch(leases=len(self._rows.leases))
+        batch = Batch(leases=len(self._rows.leases))
         while self._waiting and not (self._rows and batch.num_tokens >= self.max_prefill):
             if (not self._rows or len(self._rows) < self.max_rows) and self._seat(batch, self._waiting[0]):
                 self._waiting.popleft()
-            elif not self._give_way():
+            elif not self._guesses.give_way():
                 assert self._rows, "a branch that was found to fit the pool does not"
                 break
-        if self._rounds and not self._waiting:
-            self._guess(batch)
+        if self._guesses.rounds and not self._waiting:
+            self._guesses.make(batch, self.max_rows, self.max_prefill)
         return batch
 
-    def _seat(self, batch: _Batch, row: _Row) -> bool:
+    def _seat(self, batch: Batch, row: OpenDraw) -> bool:
         """Give a draw a lease and a place among the rows; False where there is no room for its path or its tokens."""
         context, draw = row.context, row.draw
         run = self._join(batch, row)
@@ -266,7 +170,7 @@ class Policy:
         )
         return True
 
-    def _join(self, batch: _Batch, row: _Row) -> int | None:
+    def _join(self, batch: Batch, row: OpenDraw) -> int | None:
         """Give a draw the lease of one that begins alike, and the run that both draw behind; None where there is no such one.
 
         Graphs draw one token a row. And a draw that computed some of its tokens itself stays on its own account.
@@ -278,7 +182,7 @@ class Policy:
         row.lease, row.path_start, row.first, row.follows = other.lease, other.path_start, other.first, True
         return run
 
-    def _begin(self, batch: _Batch, row: _Row) -> int | None:
+    def _begin(self, batch: Batch, row: OpenDraw) -> int | None:
         """Give a draw a lease of its own, and the run that it draws behind; None where there is no room."""
         tree, context = self.runner.tree, row.context
         # Whoever is at work may want another block soon.
@@ -297,7 +201,7 @@ class Policy:
         batch.begun.setdefault((context, nodes[-1], tuple(row.tokens)), (row, run))
         return run
 
-    def _lease(self, row: _Row) -> tuple[int, list[Branch], list[int]] | None:
+    def _lease(self, row: OpenDraw) -> tuple[int, list[Branch], list[int]] | None:
         """A lease behind a draw's path, the steps of it that may have to be read, and their nodes; None where there is no room."""
         tree, context, parent = self.runner.tree, row.context, row.draw.branch
         try:
@@ -312,7 +216,7 @@ class Policy:
             tree.drop(nodes[-1])  # the lease pins the path from here on
             return lease, path, nodes
 
-    def _read(self, batch: _Batch, row: _Row, path: list[Branch], nodes: list[int]) -> None:
+    def _read(self, batch: Batch, row: OpenDraw, path: list[Branch], nodes: list[int]) -> None:
         """See that a path is read as far as it was not, its last token in any case for a draw that begins there."""
         tree, context = self.runner.tree, row.context
         path_start = row.path_start - sum(len(step.tokens) for step in path)
@@ -323,26 +227,26 @@ class Policy:
                 computed = min(computed, count - 1)  # the first draw wants its last hidden state, known K and V or not
             if computed < count and node not in batch.run_of:
                 run = batch.run_of[node] = batch.add(Run(node, False, computed, path_start, step.tokens[computed:]))
-                batch.missing[run] = _Missing(context, context.steps[step.identity], computed, kept)
+                batch.missing[run] = Missing(context, context.steps[step.identity], computed, kept)
             context.nodes[step.identity] = node
             path_start += count
 
     # One forward
 
-    def _forward(self, batch: _Batch, decoding: int) -> tuple[torch.Tensor, np.ndarray]:
+    def _forward(self, batch: Batch, decoding: int) -> tuple[torch.Tensor, np.ndarray]:
         """Read the batch's runs and the first `decoding` rows; logits float32 [R, V], and int64 [B] which of them is each row's."""
         segments, read_at, sources = self._rows.follow(batch.runs, batch.sources, decoding)
         logits = self.runner.decoder.logits(self.runner.forward(segments, read_at))
         self._note_read(batch)
-        padding = self.runner.padding(len(segments.token_ids), len(read_at), self._head_flops)
+        padding = self.runner.padding(len(segments.token_ids), len(read_at), self.accounts.head_flops)
         self._rows.owners[-1].context.ledger.padding_flops += padding
         return logits, sources
 
-    def _note_read(self, batch: _Batch) -> None:
+    def _note_read(self, batch: Batch) -> None:
         for number in batch.run_of.values():
             run = batch.runs[number]
             self.runner.tree.set_computed(run.handle, run.start + len(run.tokens))
-        self._charge_runs(batch)
+        self.accounts.charge_runs(batch)
 
     def _send_back(self, decoding: int) -> None:
         """Undo an admission whose forward failed: no lease is left, and the draws behind the first `decoding` rows wait again."""
@@ -354,7 +258,7 @@ class Policy:
             if row.round is None:
                 self._waiting.appendleft(row)
             else:
-                self._guesses.remove(row)
+                self._guesses.rows.remove(row)
 
     def _shrink(self, rows: int, read: int) -> None:
         """After a forward that was too much for the memory, of so many rows with `read` tokens read for them: half of what it had
@@ -405,10 +309,10 @@ class Policy:
         stays = np.array([row.context not in ended for row in rows], bool) & ~no_token
         for context in ended:
             self._fail(context, NOT_FINITE)
-        self._drop(dropped)
+        self._guesses.drop(dropped)
         return stays
 
-    def _part(self, change: Change[_Row]) -> None:
+    def _part(self, change: Change[OpenDraw]) -> None:
         """Rows that were read together, and differ now, go on under leases of their own."""
         if len(change.copies):
             self.runner.cache.copy(change.copies)
@@ -424,7 +328,12 @@ class Policy:
             for row in reversed(rows):
                 self._preempt(row)
 
-    def _give_up(self, row: _Row) -> None:
+    def _withdraw(self, row: OpenDraw) -> None:
+        """A row decodes no longer."""
+        self._rows.keep([other is not row for other in self._rows.owners])
+        self._give_up(row)
+
+    def _give_up(self, row: OpenDraw) -> None:
         """A row that is no longer among the others gives up its lease: to the next one under it, who answers from here on for all
         that was computed there, or to nobody."""
         heir = next((other for other in self._rows.owners if other.lease == row.lease), None)
@@ -432,18 +341,18 @@ class Policy:
             heir.first, heir.skipped, heir.spared, heir.computed = row.first, row.skipped, row.spared, row.computed
             heir.follows, row.follows = False, True
         if row.tokens:  # otherwise its first one is under way
-            self._charge_lease(row)
+            self.accounts.charge_lease(row)
         if heir is None and row.lease != NO_NODE:
             self.runner.tree.release(row.lease)
 
-    def _leave(self, leaving: list[tuple[_Row, int]]) -> None:
+    def _leave(self, leaving: list[tuple[OpenDraw, int]]) -> None:
         """Close steps. Those that are equal to the last token have one lease, and are one node."""
-        closed: dict[int, _Row] = {}  # by lease
+        closed: dict[int, OpenDraw] = {}  # by lease
         for row, why in leaving:
             equal = closed.setdefault(row.lease, row) if row.lease != NO_NODE else row
             if equal is not row:
                 row.text, row.finish = equal.text, equal.finish
-                self._charge_lease(row)
+                self.accounts.charge_lease(row)
                 if row.finish is None:
                     row.context.nodes[row.draw.identity] = row.context.nodes[equal.draw.identity]
             else:
@@ -455,8 +364,8 @@ class Policy:
     def _extend(self) -> None:
         """One more slot for every row that goes on; guesses, and then the youngest rows, give way where blocks run out."""
         tree = self.runner.tree
-        while self._guesses and np.count_nonzero((self._rows.table["length"] - 1) % tree.block_size == 0) > tree.available():
-            if not self._give_way():
+        while self._guesses.rows and np.count_nonzero((self._rows.table["length"] - 1) % tree.block_size == 0) > tree.available():
+            if not self._guesses.give_way():
                 break
         leases, done = self._rows.leases, 0
         while done < len(leases):
@@ -468,15 +377,15 @@ class Policy:
                 leases = self._rows.leases
                 done = min(done, len(leases))
 
-    def _preempt(self, row: _Row) -> None:
+    def _preempt(self, row: OpenDraw) -> None:
         if row.round is not None:
-            return self._drop([row])
+            return self._guesses.drop([row])
         self._give_up(row)
         self._waiting.appendleft(row)
         self.preemptions += 1
         row.context.ledger.preemptions += 1
 
-    def _close(self, row: _Row, finish: Finish | None) -> None:
+    def _close(self, row: OpenDraw, finish: Finish | None) -> None:
         """The step is whole: keep its KV if it may be expanded."""
         context, draw, tree, tokens = row.context, row.draw, self.runner.tree, tuple(row.tokens)
         text = self.rule.text(tokens)
@@ -485,7 +394,7 @@ class Policy:
         used = row.path_start - context.prompt_tokens + len(tokens)
         if finish is None and context.limits.step_room(used, context.prompt_tokens) <= 0:
             finish = Finish.LENGTH
-        self._charge_lease(row)
+        self.accounts.charge_lease(row)
         if row.lease == NO_NODE:
             pass  # another needs what it had
         elif finish is None:
@@ -494,7 +403,7 @@ class Policy:
             tree.release(row.lease)
         row.text, row.finish = text, finish
 
-    def _deliver(self, row: _Row) -> None:
+    def _deliver(self, row: OpenDraw) -> None:
         """A step that is whole and asked for becomes the child."""
         context, draw, tokens = row.context, row.draw, tuple(row.tokens)
         step = context.steps.add(draw.identity, draw.branch.identity, tokens, spared=row.spared)
@@ -502,7 +411,7 @@ class Policy:
         context.ledger.tokens_generated += len(tokens)
         self._pass_on(row, Branch(draw.branch, tokens, row.text, draw.identity, draw.lane, draw.draw, row.finish), step.depth)
 
-    def _pass_on(self, row: _Row, child: Branch, depth: int) -> None:
+    def _pass_on(self, row: OpenDraw, child: Branch, depth: int) -> None:
         """Answer the ask with the child, or draw on where the whole trajectory was asked for."""
         context, answer = row.context, row.answer
         assert answer is not None, "nobody asked for this draw"
@@ -512,87 +421,18 @@ class Policy:
         answer.close_step(child)
         if row.draw.to_end and not child.finished:
             draw = context.driver.next_draw(child, row.draw.lane, to_end=True)
-            self._waiting.appendleft(_Row(context, answer, row.place, draw))
+            self._waiting.appendleft(OpenDraw(context, answer, row.place, draw))
         else:
             answer.put(row.place, child)
 
-    # Draws that nobody has asked for yet
-
-    @property
-    def _num_guessing(self) -> int:
-        """Guesses that decode."""
-        return sum(row.lease != NO_NODE for row in self._guesses)
-
-    @property
-    def _most_guessing(self) -> int:
-        """Rows, asked for or not, up to which guesses are seated."""
-        return min(self.max_rows, GUESS_ROWS[self.runner.decoder.device.type])
-
-    def wants_scores(self) -> bool:
-        """Whether guesses would be made if more of what has closed had been read: of some round as many as are still drawn, and as
-        many as will go on."""
-        if len(self._rows) >= self._most_guessing:
-            return False
-        for context, round in self._rounds:
-            round.look(context.score_of)
-        return any(round.worth_reading for _, round in self._rounds)
-
-    def _guess(self, batch: _Batch) -> None:
-        """Seat what is likely to be asked for, a round at most on as many rows as its own draws had; what no longer is leaves."""
-        tree = self.runner.tree
-        for context, round in self._rounds:
-            round.look(context.score_of)
-            if round.over or not round.kept:
-                continue
-            made = {row.draw.identity: row for row in self._guesses if row.round is round}
-            likely = [draw for child in round.kept
-                      for draw in context.driver.foreseen(child, round.lane, round.outlook.width)]  # fmt: skip
-            self._drop([made.pop(identity) for identity in made.keys() - {draw.identity for draw in likely}])
-            idle = round.num_draws - round.num_open - sum(row.lease != NO_NODE for row in made.values())
-            for draw in likely:
-                if draw.identity in made:
-                    continue
-                crowded = len(self._rows) >= self._most_guessing or tree.available() <= 2 * len(self._rows)
-                guess = _Row(context, None, 0, draw, round)
-                if idle <= 0 or crowded or batch.num_tokens >= self.max_prefill or not self._seat(batch, guess):
-                    break
-                self._guesses.append(guess)
-                idle -= 1
-
-    def _adopt(self, guess: _Row, answer: Answer, place: int, draw: Draw) -> None:
-        """A guess is asked for: from here on it is a row like others, or a child at once."""
-        self._guesses.remove(guess)
-        guess.answer, guess.place, guess.draw, guess.round = answer, place, draw, None
-        guess.context.ledger.tokens_adopted += len(guess.tokens)
-        if guess.lease == NO_NODE:
-            self._deliver(guess)
-
-    def _give_way(self) -> bool:
-        """Drop the youngest guess that decodes; False where there is none."""
-        youngest = [row for row in self._guesses if row.lease != NO_NODE][-1:]
-        self._drop(youngest)
-        return bool(youngest)
-
-    def _drop(self, guesses: Sequence[_Row]) -> None:
-        """Give up guesses, and count them as waste."""
-        for row in guesses:
-            if row.lease != NO_NODE:
-                self._rows.keep([other is not row for other in self._rows.owners])
-                self._give_up(row)
-            row.context.ledger.tokens_wasted += len(row.tokens)
-            row.context.ledger.speculation_flops += row.flops
-        if guesses:
-            left = {id(row) for row in guesses}
-            self._guesses = [row for row in self._guesses if id(row) not in left]
-
     # Many ticks on end
 
-    def _start(self, ticks: int, batch: _Batch | None = None) -> bool:
+    def _start(self, ticks: int, batch: Batch | None = None) -> bool:
         """Have the graphs do so many for all rows, or as many as there are blocks for; False where it is none.
 
         Those that were just seated begin by reading what is missing, if that is one token of nobody else's each.
         """
-        rows, tree, batch = self._rows, self.runner.tree, batch or _Batch()
+        rows, tree, batch = self._rows, self.runner.tree, batch or Batch()
         if self.graphs is None or not rows or not batch.can_go_on:
             return False
         segments, _, seats = rows.follow(batch.runs, batch.sources, len(rows) - len(batch.sources))
@@ -621,7 +461,7 @@ class Policy:
         spare = -self._rows.table["length"] % size
         return int(-(np.minimum(spare - ticks, 0) // size).sum())
 
-    def _finish(self) -> list[tuple[_Row, int]]:
+    def _finish(self) -> list[tuple[OpenDraw, int]]:
         """Wait for the ticks under way, if there are any; rows that stopped, and why."""
         if not self._under_way or self.graphs is None:
             return []
@@ -632,83 +472,8 @@ class Policy:
         rows = self._rows.owners
         if rows:  # those of the batch that are nobody's, and those that had stopped, went through every tick all the same
             beside = ticks * (bucket_for(len(drawn.drawn)) or 0) - int(drawn.drawn.sum())
-            rows[-1].context.ledger.padding_flops += self.flops(Work(tokens=beside, reads=beside))
+            rows[-1].context.ledger.padding_flops += self.accounts.flops(Work(tokens=beside, reads=beside))
         columns = drawn.tokens.T.tolist()
         for row in rows:
             row.tokens += columns[row.seat][: drawn.drawn[row.seat]]
         return self._rows.go_on(drawn, [row.seat for row in rows])
-
-    # Counting
-
-    def count(self, context: DrawContext) -> None:
-        """What of a search's costs follows from its tree, once all of it is drawn."""
-        self.runner.charge(context.ledger, context.work, self._head_flops)
-        context.work = Work()
-        once, again = context.steps.drawn()
-        context.ledger.ideal_flops, context.ledger.duplicate_flops = self.flops(once), self.flops(again)
-        context.ledger.speculation_flops += sum(
-            flops for identity, flops in context.ventured.items() if not context.steps[identity].expanded
-        )
-        context.ventured.clear()
-        context.ledger.hold(context.steps.widest_round(), self.runner.token_bytes)
-
-    def flops(self, work: Work) -> int:
-        """What work of this model comes to."""
-        return self.runner.flops(work, self._head_flops)
-
-    def _charge_runs(self, batch: _Batch) -> None:
-        """Count what was read of nodes, and one row of logits for each run behind which something is drawn, on the account of the
-        first draw there."""
-        computed = list[DistinctStep]()
-        for missing in batch.missing.values():
-            step, start = missing.step, missing.step.start + missing.start
-            missing.context.work.add_through(start, step.tokens - missing.start)
-            if step.computed > missing.start:
-                self._charge_waste(missing.context, _through(start, step.computed - missing.start), missing.kept)
-            computed.append(step)
-        for number, row in batch.first.items():
-            context, run = row.context, batch.runs[number]
-            seen = run.path_start + run.start + len(run.tokens)
-            context.work.add(0, 0, 1, seen)
-            if number in batch.missing:
-                step = context.steps[row.draw.branch.identity]
-                if step.computed == step.tokens:
-                    self._charge_waste(context, Work(reads=1, read_pairs=seen), batch.missing[number].kept)
-                elif row.round is not None:
-                    tail = _through(step.start + step.computed, step.tokens - step.computed)
-                    context.ventured[row.draw.branch.identity] = self.flops(tail) + self.flops(Work(reads=1, read_pairs=seen))
-                computed.append(step)
-        for step in computed:
-            step.computed = step.tokens
-
-    def _charge_lease(self, row: _Row) -> None:
-        """Count what a row computed since its lease began: every token but the newest, and the logits of what it drew."""
-        context, start, written = row.context, row.path_start, len(row.tokens) - 1
-        if row.follows:
-            row.spared = row.computed = written
-            return
-        skipped, drawn = row.skipped, Work()
-        drawn.add_through(start + skipped, written - skipped)
-        # The first draw of a lease reads logits of the parent's run, or of the resuming run: counted in _charge_runs.
-        if (reads := written - max(row.first, skipped)) > 0:
-            drawn.add(0, 0, reads, pairs(start + written - reads, reads))
-        context.work.add(drawn.tokens, drawn.pairs, drawn.reads, drawn.read_pairs)
-        if row.round is not None:
-            row.flops = self.flops(drawn)
-        if row.computed > skipped:
-            self._charge_waste(context, _through(start + skipped, min(row.computed, written) - skipped), kept=False)
-        row.computed = max(row.computed, written)
-
-    def _charge_waste(self, context: DrawContext, work: Work, kept: bool) -> None:
-        """Say of work that was counted that the search had done it before; kept: its keys and values were there."""
-        if kept:
-            context.ledger.rereading_flops += self.flops(work)
-        else:
-            context.ledger.recompute_flops += self.flops(work)
-            context.ledger.tokens_recomputed += work.tokens
-            self.runner.tokens_recomputed += work.tokens
-
-
-def _through(start: int, count: int) -> Work:
-    """Tokens behind `start` others, through the layers."""
-    return Work(tokens=count, pairs=pairs(start, count))

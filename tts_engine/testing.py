@@ -461,8 +461,8 @@ class Drawn:
 def draw_all(policy: Any, program: Program, prompt_tokens: int, *, temperature: float = 0.0, max_step_tokens: int = 64,
              max_tokens: int = 256, max_positions: int = 512, max_steps: int = 40, seed: int = 0) -> Drawn:  # fmt: skip
     """Run a program that asks no scores with `policy` alone; the law of blocks is checked after every tick."""
+    from .draws import DrawContext, Limits
     from .ledger import PolicyLedger
-    from .policy import DrawContext, Limits
     from .sampling import Sampling, philox_key
 
     driver, nodes, ledger = Driver(program), list[Branch](), PolicyLedger()
@@ -474,7 +474,7 @@ def draw_all(policy: Any, program: Program, prompt_tokens: int, *, temperature: 
             policy.submit(context, ask)
         policy.tick()
         check_blocks(policy.runner.tree)
-    policy.count(context)
+    policy.accounts.count(context)
     return Drawn(driver.result, nodes, ledger)
 
 

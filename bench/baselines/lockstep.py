@@ -14,7 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from tts_engine.branch import Branch, Finish, root_branch
-from tts_engine.policy import ANSWER_SIGN, Limits
+from tts_engine.draws import Limits
+from tts_engine.policy import ANSWER_SIGN
 from tts_engine.sampling import Sampling, philox_key, sample
 from tts_engine.search import Draw, Driver, Method
 from tts_engine.steps import CLOSED, StepRule

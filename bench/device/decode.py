@@ -10,10 +10,11 @@ import torch
 
 from tts_engine.attention import make_backend
 from tts_engine.branch import Branch, root_branch
+from tts_engine.draws import DrawContext, Limits
 from tts_engine.engine import Engine, make_graphs
 from tts_engine.ledger import PolicyLedger
 from tts_engine.models.decoder import Decoder
-from tts_engine.policy import DrawContext, Limits, Policy
+from tts_engine.policy import Policy
 from tts_engine.runner import ModelRunner
 from tts_engine.sampling import Sampling, philox_key
 from tts_engine.search import Driver, Method, make_method

@@ -104,7 +104,7 @@ def policy_ledger(nodes: Sequence[Branch], voted: Sequence[Branch], policy: Poli
         steps.add(node.identity, node.parent.identity, node.tokens)
     once, _ = steps.drawn()
     policy.runner.charge(ledger, once, policy.runner.decoder.spec.lm_head_flops)
-    ledger.ideal_flops = policy.flops(once)
+    ledger.ideal_flops = policy.accounts.flops(once)
     ledger.hold(steps.widest_round(), policy.runner.token_bytes)
     parents = {node.parent.identity for node in nodes if node.parent is not None}
     ledger.tokens_generated = sum(len(node.tokens) for node in nodes)

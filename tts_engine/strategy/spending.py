@@ -200,8 +200,8 @@ def _drawn_costs(branches: Sequence[Branch], policy: Policy, batch: int) -> Iter
             steps.add(step.identity, above, step.tokens, spared=spared)
             above = step.identity
         once, again = steps.drawn()
-        cost = Cost(once.tokens, policy.flops(once))
-        yield cost, cost + Cost(again.tokens, policy.flops(again))
+        cost = Cost(once.tokens, policy.accounts.flops(once))
+        yield cost, cost + Cost(again.tokens, policy.accounts.flops(again))
 
 
 def _read_costs(problem: Problem, branches: Sequence[Branch], scorer: Scorer) -> Iterator[Cost]:
