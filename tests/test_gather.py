@@ -7,7 +7,7 @@ import pytest
 from tts_engine import cli
 from tts_engine.errors import RunError
 from tts_engine.gather import diagnosed, gather, unfolded
-from tts_engine.report.comparison import accuracy_rows
+from tts_engine.report.comparison import accuracy_rows, ledger_rows
 from tts_engine.score import score
 from tts_engine.strategy import StrategyError
 from tts_engine.tasks.grader import Grader
@@ -41,11 +41,13 @@ def test_a_report_counts_what_score_counts_and_costs_what_records_say(made):
     study = gather([made / "cot", made / "majority", made / "best"])
     assert [(arm.method, arm.prm) for arm in study.arms] == [("cot", None), ("majority", None), ("best_of_n", "prm")]
     with Grader() as grader:
-        for arm, row, name in zip(study.arms, accuracy_rows(study), RUNS, strict=False):
+        for arm, row, spent, name in zip(study.arms, accuracy_rows(study), ledger_rows(study), RUNS, strict=False):
             records = score(made / name, grader).records
             assert row.share.accuracy == sum(record["correct"] for record in records) / 3
-            flops = [record["ledger"]["policy"]["flops"] + record["ledger"]["prm"]["flops"] for record in records]
+            flops = [record["ledger"]["policy"]["ideal_flops"] + record["ledger"]["prm"]["ideal_flops"] for record in records]
             assert sorted(arm.flops) == sorted(flops) and row.share.gflop == pytest.approx(sum(flops) / 3e9)
+            executed = [record["ledger"]["policy"]["flops"] + record["ledger"]["prm"]["flops"] for record in records]
+            assert spent.executed_gflop == pytest.approx(sum(executed) / 3e9)
     assert study.groupings[0].bins == ("0", "1") and len(study.ids) == 3
 
 

@@ -41,6 +41,7 @@ def test_what_is_zero_everywhere_has_no_column(line_up):
         "policy",
         "PRM",
         "grading",
+        "executed",
         "useful",
     ]
 

@@ -88,6 +88,7 @@ class LedgerRow:
 
     arm: Arm
     seconds: float
+    executed_gflop: float  # policy and PRM, waste and all; none by a search that was replayed
     phases: dict[str, float]  # shares of the engine's time
     useful: float | None
     wasted: dict[str, float]  # shares of FLOPs
@@ -218,6 +219,7 @@ def ledger_rows(study: Study) -> list[LedgerRow]:
             LedgerRow(
                 arm=arm,
                 seconds=ledger.seconds / count,
+                executed_gflop=ledger.flops / GIGA / count,
                 phases=phases,
                 useful=ledger.useful,
                 wasted=ledger.wasted,

@@ -29,7 +29,7 @@ BAND, APART = 0.12, 1.4  # opacity of a band; ratio of neighbouring ticks at lea
 MARGIN = 3  # points above and below what is drawn
 DENSE = 300  # ratio of its ends up to which an axis has three ticks a decade
 LONGEST = 40  # characters of a name
-LETTER, HANDLE = 0.078, 0.6  # inches of a legend's letter, and of the line before it
+LETTER, HANDLE = 0.078, 0.5  # inches of a legend's letter, and of the line before it
 LINE, LINES = 46, 2  # of a panel's title: letters that fit into one, and how many there are
 
 

@@ -55,7 +55,7 @@ def sheets(study: Study) -> list[Sheet]:
     """All tables of a report, those without a row left out."""
     unit = unit_of(study)
     made = [accuracy_sheet(study, unit), *difficulty_sheets(study), size_sheet(study, unit), gain_sheet(study),
-            winner_sheet(study), ledger_sheet(study), memory_sheet(study), source_sheet(study)]  # fmt: skip
+            winner_sheet(study), ledger_sheet(study, unit), memory_sheet(study), source_sheet(study)]  # fmt: skip
     return [sheet for sheet in made if sheet.rows]
 
 
@@ -159,22 +159,23 @@ def winner_sheet(study: Study) -> Sheet:
     return Sheet("winners", "The best method by policy, PRM and difficulty", note, headings, tuple(rows), 3)
 
 
-def ledger_sheet(study: Study) -> Sheet:
+def ledger_sheet(study: Study, unit: Unit) -> Sheet:
     found = ledger_rows(study)
     phases, reasons = list(found[0].phases), list(found[0].wasted)
     rows = [
         (*_arm(row.arm), figures(row.seconds) if row.seconds else NOTHING,
          *(percent(row.phases[phase]) if any(row.phases.values()) else NOTHING for phase in phases),
+         unit(row.executed_gflop) if row.executed_gflop else NOTHING,
          NOTHING if row.useful is None else percent(row.useful),
          *(percent(row.wasted[reason]) if row.useful is not None else NOTHING for reason in reasons))
         for row in found
     ]  # fmt: skip
     note = (
-        "Seconds of the run a problem, and their split by what the engine did; the useful share of the FLOPs (each distinct step "
-        "computed once by each model) and what the rest was. A dash: not counted (a replayed search has no clock). Columns "
-        "that are 0 everywhere are left out."
+        "Seconds of the run a problem, and their split by what the engine did; FLOPs that were executed, by policy and PRM "
+        "together, their useful share (each distinct step computed once by each model) and what the rest was. A dash: not counted "
+        "(a replayed search has no clock). Columns that are 0 everywhere are left out."
     )
-    headings = (*ARM, "s a\nproblem", *(f"{phase}\ntime %" for phase in phases), "useful\nFLOPs %",
+    headings = (*ARM, "s a\nproblem", *(f"{phase}\ntime %" for phase in phases), f"executed\n{unit.name}", "useful\nFLOPs %",
                 *(f"{reason}\nFLOPs %" for reason in reasons))  # fmt: skip
     return _without_zeros(Sheet("ledger", "Where time and FLOPs went", note, headings, tuple(rows), len(ARM)))
 
