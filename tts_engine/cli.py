@@ -334,6 +334,8 @@ def run_solve(args: argparse.Namespace) -> int:
         screen.print(solution(result))
         if result.choice is not None:
             screen.print(f"method: {result.method.name} n={result.method.n}, {choice_words(result.choice)}", markup=False)
+        if args.budget is not None:
+            screen.print(budget_words(args.budget, result.ledger), markup=False)
         if args.json:
             print(json.dumps(describe_result(result, engine.grader)))
     return 0
@@ -372,6 +374,8 @@ def run_eval(args: argparse.Namespace) -> int:
         screen.print(table([cell], f"{task.name}, {args.split}: {len(problems)} problems", screen.width))
         for row in aggregate_rows(run.records):
             screen.print(row, markup=False)
+        if args.budget is not None:
+            screen.print(budget_words(args.budget, cell.ledger), markup=False)
         screen.print(f"in {args.out}", markup=False, highlight=False)
         if args.method == AUTO and method.table.was_fitted_on(description["task"]):
             print("the strategy was fitted on these problems: what it gains on them is in part luck", file=sys.stderr)
@@ -833,6 +837,14 @@ def choice_words(choice: dict[str, Any]) -> str:
         return f"which {choice['strategy']} has for all problems"
     chance = f" (chance {100 * choice['chances'][choice['bin']]:.0f} %)" if "chances" in choice else ""
     return f"which {choice['strategy']} has for {choice['bin']} problems; {choice['by']} to be one{chance}"
+
+
+def budget_words(text: str, ledger: Any) -> str:
+    """What became of a budget."""
+    from .search.allocation import executed, read_budget
+
+    budget = read_budget(text)
+    return f"budget: {executed(budget, ledger):.3g} of {budget.amount:.3g} {budget.unit}, the first draws of every problem among it"
 
 
 def choices(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 import pytest
 
+from tts_engine.ledger import Ledger, PolicyLedger, PRMLedger
 from tts_engine.search import MethodError
-from tts_engine.search.allocation import Allocation, Budget, Cost, Standing, read_budget
+from tts_engine.search.allocation import Allocation, Budget, Cost, Standing, executed, read_budget
 
 
 def standing(id, doubt, flops=100, drawn=4, draws=4):
@@ -26,6 +27,12 @@ def test_budgets_as_they_are_written(text, budget):
 def test_what_is_no_budget_is_refused(text):
     with pytest.raises(MethodError, match="budget must be a number above 0 of tokens, flops or s"):
         read_budget(text)
+
+
+def test_what_was_executed_is_told_in_the_unit_of_the_budget():
+    ledger = Ledger(policy=PolicyLedger(tokens_computed=5, linear_flops=70, padding_flops=7), prm=PRMLedger(tokens_computed=4))
+    ledger.seconds = 1.5
+    assert [executed(Budget(1, unit), ledger) for unit in ("tokens", "flops", "s")] == [9, 77, 1.5]
 
 
 def test_who_goes_on_is_in_most_doubt_for_its_cost():

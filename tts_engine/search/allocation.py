@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..ledger import Ledger
 from .rules import MethodError
 
 TOKENS, FLOPS, SECONDS = "tokens", "flops", "s"
@@ -85,6 +86,12 @@ class Allocation:
             return lambda cost: cost.flops
         passed = self._clock() - self._started
         return lambda cost: cost.flops * passed / spent.flops
+
+
+def executed(budget: Budget, ledger: Ledger) -> float:
+    """What searches took in the budget's unit, waste and their first draws among it, whoever could pay for them."""
+    tokens = ledger.policy.tokens_computed + ledger.prm.tokens_computed
+    return {TOKENS: tokens, FLOPS: ledger.flops, SECONDS: ledger.seconds}[budget.unit]
 
 
 def read_budget(text: str) -> Budget:
