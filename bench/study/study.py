@@ -136,16 +136,20 @@ def expected(scale: Scale, out: Path, pool: ProcessPoolExecutor) -> float:
 
 def fit_strategy(out: Path) -> Path:
     """On the calibration split, for every policy and PRM; written once."""
+    from tts_engine.gather import read
     from tts_engine.runs import describe_making
-    from tts_engine.strategy.choose import fit
+    from tts_engine.strategy.choose import Evidence, fit, outcome_of
+
+    def outcomes(run: Path) -> Evidence:
+        found = read(run, {})
+        return Evidence(found.name, found.description, {record["id"]: outcome_of(record) for record in found.records})
 
     file = out / "strategy.json"
     if not file.exists():
-        runs = [run for policy in SIZES for run in runs_of(out / f"calibration-main-{policy}")]
-        pilots = [run for policy in SIZES for run in runs_of(out / f"calibration-pilot-{policy}", scored=True)]
-        strategy = fit([evidence(run) for run in runs], [evidence(run, draws=True) for run in pilots], name="study",
-                       versions=describe_making()["versions"])  # fmt: skip
-        strategy.save(file)
+        runs = [outcomes(run) for policy in SIZES for run in runs_of(out / f"calibration-main-{policy}")]
+        pilots = [evidence(run, draws=True)
+                  for policy in SIZES for run in runs_of(out / f"calibration-pilot-{policy}", scored=True)]  # fmt: skip
+        fit(runs, pilots, name="study", versions=describe_making()["versions"]).save(file)
     return file
 
 
@@ -168,7 +172,7 @@ def gather_side(out: Path, split: str) -> Side:
             runs += runs_of(out / f"test-others-{policy}", scored=True)
             runs += [*runs_of(out / f"test-auto-{policy}"), *runs_of(out / f"test-stopping-{policy}")]
     texts: dict[str, str] = {}
-    found = [told_prm(read(run, texts), run.parents[1]) for run in runs]
+    found = [as_asked(read(run, texts), run, out) for run in runs]
     models = [model for one in found for model in (one.description["policy"], one.description["prm"]) if model is not None]
     votes, most = {}, dict[tuple[str, str], int]()
     for one in found:
@@ -181,15 +185,17 @@ def gather_side(out: Path, split: str) -> Side:
     return Side(study(found, texts, [bins_of(pilot, found) for pilot in pilots]), parameters, votes)
 
 
-def told_prm(run: "RunRead", sweep: Path) -> "RunRead":
-    """A strategy's run with the PRM that the strategy is for, also where none of its methods reads it."""
+def as_asked(run: "RunRead", directory: Path, out: Path) -> "RunRead":
+    """A run by its place in `out`; a strategy's with the PRM that the strategy is for, also where none of its methods reads it."""
     from tts_engine.sweep import read_sweep_description
 
-    if run.description["method"]["name"] != "auto":
-        return run
-    told = read_sweep_description(sweep)
-    [cell] = [cell for cell in told["cells"] if (sweep / cell["directory"]).resolve() == Path(run.name).resolve()]
-    return replace(run, description=run.description | {"prm": told["prms"][cell["prm"]]})
+    description = run.description
+    if description["method"]["name"] == "auto":
+        sweep = directory.parents[1]
+        told = read_sweep_description(sweep)
+        [cell] = [cell for cell in told["cells"] if sweep / cell["directory"] == directory]
+        description = description | {"prm": told["prms"][cell["prm"]]}
+    return replace(run, name=str(directory.relative_to(out)), description=description)
 
 
 def votes_of(records: Sequence[dict[str, Any]]) -> dict[str, list[bool]]:
