@@ -102,6 +102,25 @@ def test_a_budget_that_is_searched_is_abandoned_like_any_search(engine, problems
     assert len(engine.search(problems[:1], method, seed=SEED)[0].branches) in (4, 8)
 
 
+class Always:
+    """A chooser of one method."""
+
+    name = "always"
+    methods = (make_method("adaptive", n=4, budget="1s"),)
+
+    def pilot(self, problem): ...
+
+    def choose(self, problem, pilot): ...
+
+    def describe(self): ...
+
+
+@needs_models
+def test_a_budget_is_nothing_to_choose_problem_by_problem(engine):
+    with pytest.raises(EngineError, match="always chooses problem by problem, and a budget is for all problems: leave it out"):
+        engine.stream("1+1?", Always())
+
+
 def test_what_cannot_be_told_is_refused():
     drawn = [written("aab")]
     for method, words in [
