@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .arms import Arm
-from .intervals import bootstrap
+from .intervals import bootstraps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,7 +60,7 @@ def efficiency(method: Sequence[Arm], baseline: Sequence[Arm], cheapest: Arm | N
         return np.clip(had_low - spent_high, -UNBOUNDED, UNBOUNDED), np.clip(had_high - spent_low, -UNBOUNDED, UNBOUNDED)
 
     tail = 0.5 - CONFIDENCE / 2
-    lower, upper = (bootstrap(table, of=of, seed=seed) for of in (lambda means: bounds(means)[0], lambda means: bounds(means)[1]))
+    lower, upper = bootstraps(table, [lambda means: bounds(means)[0], lambda means: bounds(means)[1]], seed)
     low, high = float(np.quantile(lower.resampled, tail)), float(np.quantile(upper.resampled, 1 - tail))
     return Factor(
         estimate=10**lower.estimate if lower.estimate == upper.estimate else None,
