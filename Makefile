@@ -16,6 +16,7 @@ faults: .venv/.installed
 soak: .venv/.installed
 	.venv/bin/python -m pytest -q tests/kv tests/embedded tests/tasks tests/prm tests/kernels/test_compiled.py --soak 10
 	.venv/bin/python -m pytest -q tests/test_bad_input.py -k mutated --soak 286
+	.venv/bin/python -m pytest -q tests/test_engine.py -k "whatever_searches_meet or any_two_lines" --soak 500
 
 bench: .venv/.installed
 	.venv/bin/python -m pytest -q bench

@@ -2,21 +2,32 @@
 
 import logging
 import random
+import sys
 import threading
 from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import tts_engine
+from tts_engine import engine as engine_room
 from tts_engine import guesses as guesses_room
+from tts_engine import policy as policy_room
 from tts_engine.branch import Finish
 from tts_engine.engine import Engine, EngineConfig, kv_room, workspace
-from tts_engine.errors import EngineError, OutOfBlocks
+from tts_engine.errors import EngineError, MissingExtra, OutOfBlocks
+from tts_engine.ledger import Stopwatch
 from tts_engine.models.weights import weight_bytes
 from tts_engine.prm import scorer as scorer_room
 from tts_engine.sampling import gumbel, philox_key
-from tts_engine.search import make_method
+from tts_engine.search import METHODS, PRESETS, BeamSearch, make_method
+from tts_engine.search.requests import Expand
 from tts_engine.steps import MarkedSteps
 from tts_engine.tasks.problems import Problem
 from tts_engine.testing import check_blocks, random_policy_directory, random_prm_directory
@@ -458,6 +469,321 @@ def test_a_second_stream_while_one_is_open_is_refused_and_the_first_goes_on(mode
 @pytest.mark.parametrize("problems", [[], ()], ids=str)
 def test_no_problems_give_no_results(models, problems):
     assert load(models).search(problems, STEP_METHODS[0]) == []
+
+
+# Faults: what goes wrong in one problem ends that problem.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Raising(BeamSearch):
+    """A beam search that gives up on the problem with `text` as soon as it has drawn, or has scores."""
+
+    text: str = ""
+    scored: bool = False
+
+    def program(self, root):
+        program, value = BeamSearch.program(self, root), None
+        while True:
+            try:
+                request = program.send(value)
+            except StopIteration as stop:
+                return stop.value
+            value = yield request
+            if root.text == self.text and self.scored == (not isinstance(request, Expand)):
+                raise LookupError("no more ideas")
+
+
+FAULTY, HEALTHY = PROBLEMS[1], [PROBLEMS[0], PROBLEMS[2]]
+
+
+def fault_logits(engine, monkeypatch):
+    draw, key, ticks = policy_room.sample, np.array(philox_key(3, FAULTY.id), np.uint32), count()
+
+    def spoiled(logits, rows, sampling, keys, *rest):
+        mine = (keys == key).all(axis=1)
+        if mine.any() and next(ticks) >= 5:
+            logits = logits.clone()
+            logits[torch.from_numpy(rows[np.flatnonzero(mine)[-1:]])] = torch.nan
+        return draw(logits, rows, sampling, keys, *rest)
+
+    monkeypatch.setattr(policy_room, "sample", spoiled)
+
+
+def fault_scores(engine, monkeypatch):
+    read, opening = engine.scorer._read, engine.scorer.spec.opening(FAULTY.problem)
+    monkeypatch.setattr(engine.scorer, "_read", lambda runs: {
+        node: torch.inf if runs[node].context.opening == opening else score for node, score in read(runs).items()})  # fmt: skip
+
+
+def fault_grader(engine, monkeypatch, error=None):
+    conclude = engine_room.conclude
+
+    def failing(problem, *rest):
+        if problem.id == FAULTY.id:
+            raise error or LookupError("no such answer")
+        return conclude(problem, *rest)
+
+    monkeypatch.setattr(engine_room, "conclude", failing)
+
+
+def fault_time(engine, monkeypatch):
+    start = engine._start
+
+    def late(*given):
+        search = start(*given)
+        search.started -= 500 if search.problem.id == FAULTY.id else 0
+        return search
+
+    monkeypatch.setattr(engine, "_start", late)
+    engine.config = replace(engine.config, timeout=400.0)
+
+
+FAULTS = {
+    "empty": (" \n", None, "problem p1 is empty"),
+    "long prompt": ("1" * 600, None, "problem p1 has a prompt of 601 tokens and the policy 512 positions"),
+    "logits": (FAULTY.problem, fault_logits, "the policy's logits are not finite"),
+    "scores": (FAULTY.problem, fault_scores, "the PRM gave inf for a step, which is no probability"),
+    "program, drawn": (FAULTY.problem, False, "LookupError: no more ideas"),
+    "program, scored": (FAULTY.problem, True, "LookupError: no more ideas"),
+    "grader": (FAULTY.problem, fault_grader, "LookupError: no such answer"),
+    "time": (FAULTY.problem, fault_time, "problem p1 timed out after 400 s"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_goes_wrong_in_one_problem_ends_that_problem_and_no_other(models, alone, monkeypatch, fault):
+    monkeypatch.setattr(guesses_room, "GUESS_ROWS", {"cpu": 40})
+    text, make, reason = FAULTS[fault]
+    engine, method = load(models, deterministic=True, speculate=fault in ("logits", "program, scored")), STEP_METHODS[1]
+    given, told = [HEALTHY[0], replace(FAULTY, problem=text), HEALTHY[1]], []
+    if isinstance(make, bool):
+        method = Raising(n=8, max_steps=5, text=text, scored=make)
+    elif make is not None:
+        make(engine, monkeypatch)
+    results = {result.problem.id: result for result in
+               engine.stream(given, method, seed=3, failed=lambda problem, error: told.append((problem, error)))}  # fmt: skip
+    assert [problem for problem, _ in told] == [given[1]] and results.keys() == {problem.id for problem in HEALTHY}
+    assert isinstance(told[0][1], EngineError) and reason in str(told[0][1])
+    assert essence(results["p0"]) == essence(alone[STEP_METHODS[1]])
+    assert_at_rest(engine)
+    with pytest.raises(Exception, match=reason.split(": ")[-1]):
+        engine.search(given, method, seed=3)
+    assert_at_rest(engine)
+
+
+def test_what_every_problem_lacks_is_no_fault_of_one(models, monkeypatch):
+    engine, told = load(models), []
+    fault_grader(engine, monkeypatch, MissingExtra("math-verify is not installed"))
+    with pytest.raises(MissingExtra):
+        list(engine.stream(PROBLEMS[:3], STEP_METHODS[1], failed=lambda *given: told.append(given)))
+    assert not told
+    assert_at_rest(engine)
+
+
+def test_time_that_a_result_is_looked_at_counts_for_nobody(models, monkeypatch):
+    clock = 0.0
+    monkeypatch.setattr(engine_room.time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(engine_room, "Stopwatch", lambda: Stopwatch(clock=lambda: clock))
+    engine = load(models, max_rows=8, timeout=5.0)
+    seen = []
+    for result in engine.stream(PROBLEMS[:4], STEP_METHODS[1]):
+        clock += 100
+        seen.append(result.problem.id)
+    assert len(seen) == 4
+
+
+# Memory that does not suffice for a forward: fewer rows, fewer tokens, and the same results.
+
+
+@contextmanager
+def scarce(engine, monkeypatch, *most):
+    """The forwards of policy and PRM take so many tokens at most; the sizes of those that were done."""
+    done = [[] for _ in most]
+    with monkeypatch.context() as only:
+        for runner, limit, sizes in zip(engine.runners, most, done, strict=True):
+
+            def limited(segments, read_at, forward=runner.forward, limit=limit, sizes=sizes):
+                if len(segments.token_ids) > limit:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                sizes.append(len(segments.token_ids))
+                return forward(segments, read_at)
+
+            only.setattr(runner, "forward", limited)
+        yield done
+
+
+@by_name
+def test_searches_that_are_too_much_for_the_memory_go_on_in_smaller_batches(models, alone, monkeypatch, method):
+    engine = load(models, deterministic=True, speculate=True)
+    with scarce(engine, monkeypatch, 30, 90) as sizes:
+        results = engine.search(PROBLEMS[:4], method, seed=3)
+    assert essence(results[0]) == essence(alone[method])
+    assert engine.policy.max_rows < engine.config.max_rows or engine.policy.max_prefill < policy_room.MAX_PREFILL
+    assert all(len(own) > 10 for own in sizes)
+    assert_at_rest(engine)
+
+
+def test_a_problem_of_which_one_row_is_too_much_for_the_memory_ends_and_the_others_go_on(models, alone, monkeypatch):
+    engine, told = load(models, deterministic=True), []
+    given = [PROBLEMS[0], Problem(id="long", problem="1" * 60, answer=None), *PROBLEMS[2:4]]
+    with scarce(engine, monkeypatch, 40, 400):
+        results = list(engine.stream(given, STEP_METHODS[1], seed=3, failed=lambda *one: told.append(one)))
+    assert [(problem.id, str(error)) for problem, error in told] == [("long", policy_room.NO_MEMORY)]
+    assert essence(next(result for result in results if result.problem.id == "p0")) == essence(alone[STEP_METHODS[1]])
+    assert len(results) == 3 and engine.policy.max_rows == engine.config.max_rows
+    assert_at_rest(engine)
+
+
+# Law 7 wherever it is interrupted, and under everything at once.
+
+CLOSING = {"_abandon", "abandon", "start_over", "close"}  # who interrupts these, interrupts the second time
+
+
+@contextmanager
+def interrupted_at(line):
+    """KeyboardInterrupt before the line-th line that the package runs, as Ctrl-C raises it between any two."""
+    lines, top = count(), str(Path(tts_engine.__file__).parent)
+
+    def local(frame, event, _):
+        if event == "line" and next(lines) >= line and not closing(frame):
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return local
+
+    def closing(frame):
+        while frame is not None and frame.f_code.co_filename.startswith(top):
+            if frame.f_code.co_name in CLOSING:
+                return True
+            frame = frame.f_back
+        return False
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, event, _: local if frame.f_code.co_filename.startswith(top) else None)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("speculate", [False, True], ids=["", "speculating"])
+def test_an_interrupt_between_any_two_lines_leaves_no_lease(models, alone, monkeypatch, soak, speculate):
+    monkeypatch.setattr(guesses_room, "GUESS_ROWS", {"cpu": 40})
+    settings, method = {"deterministic": True, "speculate": speculate, "max_rows": 12}, STEP_METHODS[1]
+    rng, engine = random.Random(speculate), load(models, **settings, kv_bytes=tiny_pool(models, 40))
+    for _ in range(4 * soak):
+        engine.forget()
+        with pytest.raises(KeyboardInterrupt), interrupted_at(rng.randrange(20_000)):
+            engine.search(PROBLEMS[:2], method, seed=3)
+        assert_at_rest(engine)
+    assert essence(engine.search(PROBLEMS[0], method, seed=3)[0]) == essence(alone[method])
+
+
+@dataclass
+class Misfortune:
+    """What goes wrong in an engine, now and then, unless it is `off`."""
+
+    rng: random.Random
+    met: Counter
+    off: bool = False
+
+    def strikes(self, kind: str, chance: float) -> bool:
+        hit = not self.off and self.rng.random() < chance
+        self.met[kind] += hit
+        return hit
+
+    def befall(self, engine, only) -> None:
+        """Have it come over whatever the engine calls."""
+        draw, conclude, rng = policy_room.sample, engine_room.conclude, self.rng
+
+        def forward(segments, read_at, forward):
+            if self.strikes("out of memory", 0.01):
+                raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes")
+            if self.strikes("interrupted", 0.0005):
+                raise KeyboardInterrupt
+            if self.strikes("broken", 0.0005):
+                raise RuntimeError("the device is lost")
+            return forward(segments, read_at)
+
+        def sample(logits, rows, *how):
+            if self.strikes("logits", 0.004):
+                logits = logits.index_fill(0, torch.tensor([rng.choice(rows.tolist())]), torch.nan)
+            return draw(logits, rows, *how)
+
+        def group(*given):
+            if self.strikes("grader", 0.02):
+                raise EngineError("the grading worker did not start")
+            return conclude(*given)
+
+        class Driver(engine_room.Driver):
+            def answer(driver, *given):
+                if self.strikes("program", 0.01):
+                    raise LookupError("no more ideas")
+                super().answer(*given)
+
+        for runner in engine.runners:
+            only.setattr(runner, "forward", partial(forward, forward=runner.forward))
+        if engine.scorer is not None:
+            head = engine.scorer.head
+            only.setattr(engine.scorer, "head", lambda hidden: head(hidden) + (torch.nan if self.strikes("score", 0.01) else 0))
+        only.setattr(policy_room, "sample", sample)
+        only.setattr(engine_room, "conclude", group)
+        only.setattr(engine_room, "Driver", Driver)
+
+
+def random_method(rng: random.Random, prm: bool):
+    name = rng.choice([*METHODS] if prm else ["cot", "majority", "adaptive"])
+    settings = {"n": rng.choice([1, 2, 3]), "width": 2, "vote": rng.choice(["majority", "last_vote"][: 1 + prm]),
+                "batch": rng.choice([1, 2]), "budget": rng.choice([None, "60tokens"]), "rules": rng.choice([*PRESETS])}  # fmt: skip
+    if name in ("beam", "dvts"):
+        settings["n"] = rng.choice([2, 4])
+    known = {field.name for field in fields(METHODS[name])}
+    return make_method(name, max_steps=rng.choice([1, 2, 3]), **{key: value for key, value in settings.items() if key in known})
+
+
+def random_engine(rng: random.Random, models) -> Watched:
+    return load(models, rng.choice(["qwen2.5-math-prm", "math-shepherd", None]), forgetful=rng.random() < 0.1, max_tokens=24,
+                max_step_tokens=rng.choice([3, 8]), max_rows=rng.choice([1, 3, 8, 64]), deterministic=rng.random() < 0.3,
+                speculate=rng.random() < 0.5, kv_bytes=tiny_pool(models, rng.choice([24, 32, 64, 200])))  # fmt: skip
+
+
+@pytest.mark.timeout(0)
+def test_no_block_is_lost_whatever_searches_meet(models, monkeypatch, soak):
+    """Random searches under random budgets, with random faults, timeouts, interrupts and abandoned streams, 20 and more of them."""
+    monkeypatch.setattr(guesses_room, "GUESS_ROWS", {"cpu": 40})
+    rng, met, searched = random.Random(soak), Counter(), 0
+    texts = [*(problem.problem for problem in PROBLEMS)] * 5 + ["", "1" * 600]
+    while searched < 20 * soak:
+        engine, chance = random_engine(rng, models), Misfortune(rng, met)
+        ref = essence(engine.search(PROBLEMS[1], make_method("cot", max_steps=4))[0])
+        for _ in range(10):
+            given = [Problem(id=f"p{i}", problem=rng.choice(texts), answer="1") for i in range(rng.randrange(1, 7))]
+            searched += len(given)
+            engine.config = replace(engine.config, timeout=rng.choice([None, None, None, 0.01]))
+            told, most = list[str](), rng.choice([1, 2, 99, 99])
+            failed = rng.choice([None, lambda _, error, told=told: told.append(str(error))])
+            method = random_method(rng, engine.scorer is not None)
+            line = rng.randrange(30_000) if chance.strikes("any line", 0.03) else None
+            try:
+                with monkeypatch.context() as only, interrupted_at(line) if line is not None else nullcontext():
+                    chance.befall(engine, only)
+                    stream = engine.stream(given, method, seed=searched, failed=failed)
+                    results = list(islice(stream, most))
+                    met["closed"] += most < len(given)
+                    stream.close()
+            except (Exception, KeyboardInterrupt) as error:
+                assert failed is None or isinstance(error, KeyboardInterrupt) or "device is lost" in str(error), repr(error)
+                met["raised"] += 1
+            else:
+                met["done"] += len(results)
+                assert most < 99 or len(results) + len(told) == len(given)
+            met["timed out"] += sum("timed out" in reason for reason in told)
+            met["told"] += len(told)
+            assert_at_rest(engine)
+        engine.config = replace(engine.config, timeout=None)
+        again = essence(engine.search(PROBLEMS[1], make_method("cot", max_steps=4))[0])
+        assert again == ref or not engine.config.deterministic
+    print(f"{searched} searches: {dict(met)}")
+    assert soak < 100 or min(met.values()) > 0
 
 
 # What is refused, in one sentence, before anything is computed.
