@@ -552,7 +552,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_goes_wrong_in_one_problem_ends_that_problem_and_no_other(models, alone, monkeypatch, fault):
-    monkeypatch.setattr(guesses_room, "GUESS_ROWS", {"cpu": 40})
+    monkeypatch.setattr(guesses_room, "MOST_ROWS", {"cpu": 40})
     text, make, reason = FAULTS[fault]
     engine, method = load(models, deterministic=True, speculate=fault in ("logits", "program, scored")), STEP_METHODS[1]
     given, told = [HEALTHY[0], replace(FAULTY, problem=text), HEALTHY[1]], []
@@ -667,7 +667,7 @@ def interrupted_at(line):
 
 @pytest.mark.parametrize("speculate", [False, True], ids=["", "speculating"])
 def test_an_interrupt_between_any_two_lines_leaves_no_lease(models, alone, monkeypatch, soak, speculate):
-    monkeypatch.setattr(guesses_room, "GUESS_ROWS", {"cpu": 40})
+    monkeypatch.setattr(guesses_room, "MOST_ROWS", {"cpu": 40})
     settings, method = {"deterministic": True, "speculate": speculate, "max_rows": 12}, STEP_METHODS[1]
     rng, engine = random.Random(speculate), load(models, **settings, kv_bytes=tiny_pool(models, 40))
     for _ in range(4 * soak):
@@ -749,7 +749,7 @@ def random_engine(rng: random.Random, models) -> Watched:
 @pytest.mark.timeout(0)
 def test_no_block_is_lost_whatever_searches_meet(models, monkeypatch, soak):
     """Random searches under random budgets, with random faults, timeouts, interrupts and abandoned streams, 20 and more of them."""
-    monkeypatch.setattr(guesses_room, "GUESS_ROWS", {"cpu": 40})
+    monkeypatch.setattr(guesses_room, "MOST_ROWS", {"cpu": 40})
     rng, met, searched = random.Random(soak), Counter(), 0
     texts = [*(problem.problem for problem in PROBLEMS)] * 5 + ["", "1" * 600]
     while searched < 20 * soak:
