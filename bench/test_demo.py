@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tts_engine.attention import make_backend
+from tts_engine.config import EngineConfig
 from tts_engine.draws import Limits
 from tts_engine.embedded import BLOCK_SIZE, model_path
-from tts_engine.engine import Engine, EngineConfig, make_scorer
+from tts_engine.engine import Engine, make_scorer
 from tts_engine.models.weights import Checkpoint, load_decoder
 from tts_engine.runner import ModelRunner
 from tts_engine.search import make_method

@@ -14,7 +14,8 @@ from rich.console import Console
 from tts_engine import bench, cli
 from tts_engine.bench import Case, Measured, cross, make_problems, measure, run_case
 from tts_engine.branch import child_identity
-from tts_engine.engine import DTYPES, Engine, EngineConfig
+from tts_engine.config import DTYPES, EngineConfig
+from tts_engine.engine import Engine
 from tts_engine.errors import EngineError
 from tts_engine.ledger import Ledger, PolicyLedger, PRMLedger
 from tts_engine.models.tokenizer import chat_template, encode_prompt, load_tokenizer

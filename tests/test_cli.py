@@ -198,7 +198,7 @@ def test_version(run):
 
 
 def test_engine_options_are_the_settings_of_an_engine_and_state_their_defaults():
-    from tts_engine.engine import EngineConfig
+    from tts_engine.config import EngineConfig
 
     defaults = {field.name: field.default for field in fields(EngineConfig)}
     assert [name for name, *_ in cli.ENGINE_OPTIONS] == list(defaults)
@@ -212,7 +212,7 @@ def test_engine_options_are_the_settings_of_an_engine_and_state_their_defaults()
 
 def test_what_can_be_named_is_named_in_the_help():
     from tts_engine.attention import BACKENDS
-    from tts_engine.engine import DTYPES
+    from tts_engine.config import DTYPES
     from tts_engine.prm.families import FAMILIES
     from tts_engine.steps import STEP_MARKERS
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from tts_engine import embedded
+from tts_engine.config import EngineConfig
 from tts_engine.diagnose import (
     Sample,
     diagnose_by,
@@ -17,7 +18,7 @@ from tts_engine.diagnose import (
     save_diagnostics,
 )
 from tts_engine.embedded import model_path
-from tts_engine.engine import Engine, EngineConfig
+from tts_engine.engine import Engine
 from tts_engine.errors import EngineError, RunError, TaskError
 from tts_engine.report import intervals
 from tts_engine.rescore import config_of, load_scorer

@@ -20,7 +20,8 @@ from tts_engine import engine as engine_room
 from tts_engine import guesses as guesses_room
 from tts_engine import policy as policy_room
 from tts_engine.branch import Finish
-from tts_engine.engine import Engine, EngineConfig, kv_room, workspace
+from tts_engine.config import EngineConfig, kv_room, workspace
+from tts_engine.engine import Engine
 from tts_engine.errors import EngineError, MissingExtra, OutOfBlocks
 from tts_engine.ledger import Stopwatch
 from tts_engine.models.weights import weight_bytes

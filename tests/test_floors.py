@@ -12,13 +12,13 @@ PACKAGE = ROOT / "tts_engine"
 
 FLOORS = {
     0: {"_C"},
-    1: {"errors", "config", "branch", "ledger"},
+    1: {"errors", "branch", "ledger"},
     2: {"search", "scheduler", "kv"},
     3: {"attention"},
     4: {"models"},
     5: {"runner", "graphs", "sampling"},
     6: {"steps", "rows", "draws", "accounts", "guesses", "policy", "prm"},
-    7: {"engine", "tasks", "results"},
+    7: {"config", "engine", "tasks", "results"},
     8: {"strategy", "report", "embedded"},
     9: {"runs", "score", "rescore", "diagnose", "sweep", "gather", "demo", "bench", "cli", "__main__"},
     10: {"", "testing"},  # the package's own face, and the doubles
@@ -27,11 +27,11 @@ FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 # Neighbours on one floor who may call one another, in this direction only.
 NEIGHBOURS = {
-    ("branch", "errors"), ("config", "errors"), ("ledger", "errors"),
+    ("branch", "errors"), ("ledger", "errors"),
     ("scheduler", "kv"),
     ("runner", "graphs"), ("runner", "sampling"), ("rows", "steps"), ("draws", "rows"), ("accounts", "draws"),
     ("guesses", "draws"), ("guesses", "rows"), *(("policy", room) for room in ("steps", "rows", "draws", "accounts", "guesses")),
-    ("engine", "results"), ("engine", "tasks"), ("results", "tasks"),
+    ("engine", "config"), ("engine", "results"), ("engine", "tasks"), ("results", "tasks"),
     ("strategy", "report"),
     ("score", "runs"), ("rescore", "runs"), ("rescore", "score"), ("demo", "runs"),
     ("sweep", "runs"), ("sweep", "score"), ("sweep", "rescore"), ("cli", "sweep"),

@@ -6,8 +6,9 @@ from dataclasses import asdict, replace
 import pytest
 
 from tts_engine import embedded
+from tts_engine.config import EngineConfig
 from tts_engine.embedded import model_path
-from tts_engine.engine import Engine, EngineConfig
+from tts_engine.engine import Engine
 from tts_engine.errors import EngineError, OutOfBlocks, RunError
 from tts_engine.rescore import config_of, describe_rescoring, load_scorer, read_tree, rescore
 from tts_engine.runs import PROBLEMS, RUN, Run, describe_model, describe_run, evaluate, read_description, read_run

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tts_engine import runs
-from tts_engine.engine import Engine, EngineConfig
+from tts_engine.config import EngineConfig
+from tts_engine.engine import Engine
 from tts_engine.errors import OutOfBlocks, RunError
 from tts_engine.ledger import PolicyLedger, PRMLedger
 from tts_engine.report.table import cell_of

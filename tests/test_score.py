@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tts_engine.branch import child_identity
-from tts_engine.engine import Engine, EngineConfig
+from tts_engine.config import EngineConfig
+from tts_engine.engine import Engine
 from tts_engine.errors import RunError
 from tts_engine.runs import PROBLEMS, RUN, Run, describe_run, evaluate, outcome, read_run
 from tts_engine.score import read_trees, score

@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tts_engine.branch import Finish, root_branch
-from tts_engine.engine import Engine, EngineConfig
+from tts_engine.config import EngineConfig
+from tts_engine.engine import Engine
 from tts_engine.errors import EngineError
 from tts_engine.models.tokenizer import load_tokenizer, token_bytes
 from tts_engine.sampling import philox

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .engine import DTYPES, Engine, EngineConfig, kv_room, make_policy
+from .config import DTYPES, EngineConfig, kv_room
+from .engine import Engine, make_policy
 from .errors import EngineError, OutOfBlocks
 from .kv.tree import blocks_needed
 from .ledger import Ledger

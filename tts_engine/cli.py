@@ -345,7 +345,8 @@ def run_eval(args: argparse.Namespace) -> int:
     task = find_task(args.task)
     problems = task.load(args.split)
     method, policy, prm, settings = chosen_search(args, task.name, problems[: args.limit])
-    from .engine import Engine, EngineConfig
+    from .config import EngineConfig
+    from .engine import Engine
     from .models.weights import resolve_checkpoint
     from .report.progress import Progress
     from .report.table import aggregate_rows, cell_of, table
@@ -518,7 +519,7 @@ def run_diagnose(args: argparse.Namespace) -> int:
     if out is not None and out.is_dir():
         raise EngineError(f"--out {out} is a directory, not a file")
     if args.prm is not None:
-        from .engine import EngineConfig
+        from .config import EngineConfig
         from .rescore import config_of
 
         blocks = {"block_size": BLOCK_SIZE} if args.prm in NAMES else {}

@@ -24,7 +24,7 @@ from .tasks.problems import load_task
 from .tasks.programs import SPLIT_SIZES, Program, step_labels
 
 if TYPE_CHECKING:  # what takes torch
-    from .engine import EngineConfig
+    from .config import EngineConfig
     from .prm.scorer import Scorer
 
 NO_ERROR = -1  # ProcessBench's label of a solution without error

@@ -19,8 +19,8 @@ class Guesses:
 
     def __init__(self, decoding: Rows[OpenDraw], tree: KVTree, device: str, *, seat: Callable[[Batch, OpenDraw], bool],
                  leave: Callable[[OpenDraw], None]) -> None:  # fmt: skip
-        """decoding: all rows, guesses or not; device: its kind. seat: gives a draw a place among these if there is room; leave: takes
-        it from there, and its lease."""
+        """decoding: all rows, guesses or not; device: its kind. seat: gives a draw a place among these if there is room; leave:
+        takes it from there, and its lease."""
         self.rounds: list[tuple[DrawContext, Round]] = []
         self.rows: list[OpenDraw] = []
         self._decoding, self._tree, self._device, self._seat, self._leave = decoding, tree, device, seat, leave

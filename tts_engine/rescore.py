@@ -13,7 +13,8 @@ from typing import Any
 
 from .attention import make_backend, refuse_windows
 from .branch import Branch
-from .engine import DTYPES, EngineConfig, first_split, make_scorer
+from .config import DTYPES, EngineConfig, first_split
+from .engine import make_scorer
 from .errors import EngineError, RunError
 from .ledger import Ledger, Phases
 from .models.weights import SOURCES, load_decoder

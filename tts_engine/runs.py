@@ -26,7 +26,8 @@ from .tasks.grader import Grader
 from .tasks.problems import Problem
 
 if TYPE_CHECKING:  # what takes torch; to read a run takes none
-    from .engine import Engine, EngineConfig
+    from .config import EngineConfig
+    from .engine import Engine
 
 SCHEMA_VERSION = 1
 RUN, PROBLEMS = "run.json", "problems.jsonl"
@@ -186,7 +187,8 @@ class Run:
             raise RunError(f"{self.directory} cannot be used as a run's directory: {reason}") from error
         try:
             self._lock()
-            for record, self._end in _checked_lines(self.directory / PROBLEMS):
+            for record, end in _checked_lines(self.directory / PROBLEMS):
+                self._end = end
                 self.records.append(outcome(record))
             self._settle(description)
             os.ftruncate(self._file, self._end)

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tts_engine.attention import make_backend
-from tts_engine.engine import Engine, EngineConfig
+from tts_engine.config import EngineConfig
+from tts_engine.engine import Engine
 from tts_engine.errors import ModelError
 from tts_engine.models.linear import FP8, Fp8, Int8, Plain
 from tts_engine.models.weights import RandomCheckpoint, load_decoder, resolve_checkpoint

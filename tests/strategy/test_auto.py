@@ -5,7 +5,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from tts_engine.engine import Engine, EngineConfig
+from tts_engine.config import EngineConfig
+from tts_engine.engine import Engine
 from tts_engine.errors import EngineError, OutOfBlocks, RunError
 from tts_engine.runs import Run, describe_model, describe_run, evaluate
 from tts_engine.score import score

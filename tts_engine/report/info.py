@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ..engine import DTYPES
+from ..config import DTYPES
 from ..errors import ModelError
 from ..models.linear import activations
 from ..models.spec import DecoderSpec

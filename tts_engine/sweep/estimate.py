@@ -19,8 +19,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from ..config import DTYPES
 from ..embedded import NAMES, model_path
-from ..engine import DTYPES
 from ..errors import EngineError, TaskError
 from ..ledger import Held, Work, pairs
 from ..models.linear import activations

@@ -28,8 +28,8 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from ..config import EngineConfig
 from ..embedded import BLOCK_SIZE, NAMES
-from ..engine import EngineConfig
 from ..errors import EngineError
 from ..kv.budget import read_bytes
 from ..search import METHODS, Method, MethodError, Rules, make_method
