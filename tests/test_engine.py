@@ -213,6 +213,14 @@ def test_pools_of_another_size_after_every_tick_change_no_bit(models, alone, met
     assert_at_rest(engine)
 
 
+def test_draws_that_are_asked_for_together_begin_together(models):
+    """Where there are rows for one search and a half, what two draws have in common is computed once all the same."""
+    method = make_method("majority", n=8, max_steps=5, temperature=0.3)
+    for rows, wasteful in ((12, False), (7, True)):
+        ledgers = [result.ledger.policy for result in load(models, max_rows=rows).search(PROBLEMS, method, seed=3)]
+        assert any(ledger.duplicate_flops > 0 for ledger in ledgers) == wasteful
+
+
 @by_name
 @pytest.mark.parametrize("rows", [1, 3])
 def test_few_rows_change_no_bit(models, alone, method, rows):
@@ -232,7 +240,7 @@ def test_a_second_search_in_a_warm_engine_gives_the_same_bits_for_less(models, a
 
 @pytest.mark.parametrize(
     ("settings", "count", "batch"),
-    [({}, 1, 2048), ({}, 4, 40), ({"forgetful": True}, 2, 2048), ({"max_rows": 3}, 2, 2048), ({"max_rows": 11}, 3, 40)],
+    [({}, 1, 2048), ({}, 4, 40), ({"forgetful": True}, 2, 2048), ({"max_rows": 5}, 2, 2048), ({"max_rows": 11}, 3, 40)],
     ids=["alone", "others beside", "forgetful", "few rows", "some rows"],
 )
 @by_name

@@ -89,6 +89,7 @@ class Batch:
     """What one tick reads for the rows it admits."""
 
     leases: int = 0  # of all rows
+    seating: DrawContext | None = None  # that of the newest row
     runs: list[Run] = field(default_factory=list)
     num_tokens: int = 0  # of all runs
     run_of: dict[int, int] = field(default_factory=dict)  # node -> its run

@@ -67,6 +67,12 @@ class Policy:
         """Draws asked for that wait or decode."""
         return len(self._waiting) + len(self._rows) - self._guesses.num_decoding
 
+    @property
+    def _reads_together(self) -> bool:
+        """Whether draws that begin alike are one row of the model: graphs draw one token a row, and steps of drawn lengths are to
+        be the same work whatever the model says."""
+        return self.graphs is None and self.rule.after is not None
+
     def submit(self, context: DrawContext, ask: Ask) -> None:
         """Take an Expand; it is answered through the context's driver during some tick, or at once where all of it was guessed."""
         answer = Answer(context.driver, ask)
@@ -138,7 +144,7 @@ class Policy:
         """Seat waiting draws, oldest first, while rows, blocks and the tick's prefill last; what must be read for them."""
         batch = Batch(leases=len(self._rows.leases))
         while self._waiting and not (self._rows and batch.num_tokens >= self.max_prefill):
-            if (not self._rows or len(self._rows) < self.max_rows) and self._seat(batch, self._waiting[0]):
+            if self._has_places(batch) and self._seat(batch, self._waiting[0]):
                 self._waiting.popleft()
             elif not self._guesses.give_way():
                 assert self._rows, "a branch that was found to fit the pool does not"
@@ -146,6 +152,21 @@ class Policy:
         if self._guesses.rounds and not self._waiting:
             self._guesses.make(batch, self.max_rows, self.max_prefill)
         return batch
+
+    def _has_places(self, batch: Batch) -> bool:
+        """Whether there are rows for the oldest draw that waits, and for those of its search that wait with it: what begins later
+        is not read together."""
+        free, context = self.max_rows - len(self._rows), self._waiting[0].context
+        if self._reads_together and self._rows and context is not batch.seating:
+            alike = 0
+            for row in self._waiting:
+                if row.context is not context or alike > free:
+                    break
+                alike += 1
+            if free < alike <= self.max_rows:
+                return False
+        batch.seating = context
+        return not self._rows or free > 0
 
     def _seat(self, batch: Batch, row: OpenDraw) -> bool:
         """Give a draw a lease and a place among the rows; False where there is no room for its path or its tokens."""
@@ -173,11 +194,11 @@ class Policy:
     def _join(self, batch: Batch, row: OpenDraw) -> int | None:
         """Give a draw the lease of one that begins alike, and the run that both draw behind; None where there is no such one.
 
-        Graphs draw one token a row. And a draw that computed some of its tokens itself stays on its own account.
+        A draw that computed some of its tokens itself stays on its own account.
         """
         context, tokens = row.context, tuple(row.tokens)
         other, run = batch.begun.get((context, context.nodes.get(row.draw.branch.identity, NO_NODE), tokens), (None, 0))
-        if other is None or self.graphs is not None or row.spared < len(tokens) - 1:
+        if other is None or not self._reads_together or row.spared < len(tokens) - 1:
             return None
         row.lease, row.path_start, row.first, row.follows = other.lease, other.path_start, other.first, True
         return run
