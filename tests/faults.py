@@ -148,6 +148,10 @@ FAULTS = [
     Fault("what was drawn in vain left out of the waste", "tts_engine/guesses.py",
           "row.context.ledger.speculation_flops += row.flops", "pass",
           "tests/test_engine.py::test_what_speculation_wasted_is_told_and_nothing_else_is_more"),
+    Fault("pressure below what was reserved", "tts_engine/kv/budget.py",
+          "count = min(self._blocks_of_part(1), tree.num_blocks - self._floors[1], tree.available())",
+          "count = min(self._blocks_of_part(1), tree.num_blocks - 1, tree.available())", "tests/kv/test_budget.py"),
+    Fault("what was reserved forgotten", "tts_engine/kv/budget.py", "self._floors = floors", "pass", "tests/kv/test_budget.py"),
     Fault("the cheaper of equal methods passed over", "tts_engine/strategy/choose.py",
           "(solved(run), -flops(run))", "(solved(run), flops(run))", "tests/strategy/test_choose.py"),
 ]  # fmt: skip
