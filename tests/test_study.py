@@ -202,3 +202,12 @@ def test_without_its_models_the_study_says_how_to_make_them(monkeypatch, tmp_pat
     monkeypatch.setattr(sys, "argv", ["study.py", "--quick", "-o", str(tmp_path / "out")])
     assert study_run.main() == 2
     assert f"lacks {REDO}, {TINY}" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_its_models_are_whole_and_small():
+    names = (REDO, TINY, *CHECKPOINTS[:-1])
+    files = [path for name in names for path in (study_run.MODELS / name).iterdir()]
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert all((study_run.MODELS / name / file).is_file() for name in names)
+    assert sum(path.stat().st_size for path in files) <= 12e6
+    assert {path.name for path in study_run.MODELS.iterdir() if path.is_dir()} == set(names)
