@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tts_engine import cli
+from tts_engine import cli, options
 from tts_engine.embedded.tokenizer import SHEPHERD_TAG
 from tts_engine.models.tokenizer import encode_prompt, load_tokenizer
 from tts_engine.runs import PROBLEMS, RUN
@@ -27,7 +27,7 @@ from tts_engine.testing import random_policy_directory, random_prm_directory, ti
 
 PROBLEM = "a=47+38;b=a-6;b?"
 SMALL = ["--max-step-tokens", "8", "--max-tokens", "24", "--max-steps", "3", "--block-size", "8", "--kv-bytes", "4M"]
-LONGEST_SENTENCE = cli.LONGEST + 100  # characters, without paths
+LONGEST_SENTENCE = options.LONGEST + 100  # characters, without paths
 LONGEST_SECONDS = 30  # for any one refusal, on a machine that is busy with other things
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"

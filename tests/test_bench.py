@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from tts_engine import bench, cli
+from tts_engine import bench, cli, options
 from tts_engine.bench import Case, Measured, cross, make_problems, measure, run_case
 from tts_engine.branch import child_identity
 from tts_engine.config import DTYPES, EngineConfig
@@ -386,10 +386,10 @@ def test_a_case_that_fails_costs_none_that_is_measured(run, tmp_path, monkeypatc
 
 def test_the_defaults_that_help_states_are_those_of_a_case():
     defaults = {field.name: field.default for field in fields(Case)}
-    stated = {name: text.rpartition("(default ")[2].rstrip(")") for name, _, text in cli.BENCH_OPTIONS}
+    stated = {name: text.rpartition("(default ")[2].rstrip(")") for name, _, text in options.BENCH_OPTIONS}
     for name in ("problems", "prompt_tokens", "step_tokens"):
         assert stated[name] == str(defaults[name])
-    args = cli.make_parser().parse_args(["bench"])
+    args = options.make_parser(cli.RUNS).parse_args(["bench"])
     assert args.repeats == bench.REPEATS and args.seed == defaults["seed"]
 
 

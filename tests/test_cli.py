@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tts_engine import cli, embedded
+from tts_engine import cli, embedded, options
 from tts_engine.testing import random_policy_directory, random_prm_directory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -187,7 +187,9 @@ def test_every_verb_explains_itself(run, verb):
 
 
 def test_help_brings_neither_torch_nor_numpy_nor_rich():
-    command = "import sys; from tts_engine import cli; cli.make_parser(); print(*{'torch', 'numpy', 'rich'} & set(sys.modules))"
+    command = (
+        "import sys; from tts_engine import cli; cli.make_parser(cli.RUNS); print(*{'torch', 'numpy', 'rich'} & set(sys.modules))"
+    )
     out = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout == "\n"
 
@@ -201,8 +203,8 @@ def test_engine_options_are_the_settings_of_an_engine_and_state_their_defaults()
     from tts_engine.config import EngineConfig
 
     defaults = {field.name: field.default for field in fields(EngineConfig)}
-    assert [name for name, *_ in cli.ENGINE_OPTIONS] == list(defaults)
-    for name, read, text in cli.ENGINE_OPTIONS:
+    assert [name for name, *_ in options.ENGINE_OPTIONS] == list(defaults)
+    for name, read, text in options.ENGINE_OPTIONS:
         stated = re.search(r"\(default ([^ ;)]+)", text)
         if stated and read and defaults[name] is not None:
             assert read(stated[1]) == defaults[name], name
@@ -216,7 +218,7 @@ def test_what_can_be_named_is_named_in_the_help():
     from tts_engine.prm.families import FAMILIES
     from tts_engine.steps import STEP_MARKERS
 
-    told = {name: text for name, _, text in cli.ENGINE_OPTIONS}
+    told = {name: text for name, _, text in options.ENGINE_OPTIONS}
     for option, names in {"backend": BACKENDS, "dtype": DTYPES, "prm_family": FAMILIES, "steps": STEP_MARKERS}.items():
         assert all(name in told[option] for name in names), option
 

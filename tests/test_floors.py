@@ -20,7 +20,7 @@ FLOORS = {
     6: {"steps", "rows", "draws", "accounts", "guesses", "policy", "prm"},
     7: {"config", "engine", "tasks", "results"},
     8: {"strategy", "report", "embedded"},
-    9: {"runs", "score", "rescore", "diagnose", "sweep", "gather", "demo", "bench", "cli", "__main__"},
+    9: {"runs", "score", "rescore", "diagnose", "sweep", "gather", "demo", "bench", "options", "cli", "__main__"},
     10: {"", "testing"},  # the package's own face, and the doubles
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
@@ -38,7 +38,7 @@ NEIGHBOURS = {
     ("cli", "runs"), ("cli", "score"), ("cli", "rescore"), ("cli", "demo"), ("cli", "bench"),
     ("diagnose", "runs"), ("diagnose", "score"), ("diagnose", "rescore"), ("cli", "diagnose"),
     ("gather", "runs"), ("gather", "score"), ("gather", "sweep"), ("gather", "diagnose"), ("cli", "gather"),
-    ("__main__", "cli"),
+    ("cli", "options"), ("__main__", "cli"),
 }  # fmt: skip
 
 

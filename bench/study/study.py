@@ -24,8 +24,9 @@ sys.path.insert(0, str(HERE.parents[1]))  # for the folder of benches, which no 
 
 from bench.study.claims import BUDGET, CHECKPOINTS, GOOD, LARGE, MIDDLE, POOR, REDO, SIZES, TINY, Side  # noqa: E402
 from bench.study.telling import write_results  # noqa: E402
-from tts_engine.cli import EXIT_INTERRUPTED, EXIT_USAGE, evidence  # noqa: E402
+from tts_engine.cli import evidence  # noqa: E402
 from tts_engine.errors import EngineError  # noqa: E402
+from tts_engine.options import EXIT_INTERRUPTED, EXIT_USAGE  # noqa: E402
 from tts_engine.report.text import clock  # noqa: E402
 
 if TYPE_CHECKING:
