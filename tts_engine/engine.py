@@ -5,8 +5,9 @@ two engines in one process, or in two threads, never meet.
 """
 
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -83,7 +84,8 @@ class Engine:
     def __init__(self, config: EngineConfig, policy: Policy, scorer: Scorer | None, tokenizer, grader: Grader) -> None:
         self.config, self.policy, self.scorer = config, policy, scorer
         self.tokenizer, self.grader = tokenizer, grader
-        self._searching, self._ticked = False, "policy"  # the phase that the last tick was of
+        self._ticked = "policy"  # the phase that the last tick was of
+        self._newest: Callable[[], Generator | None] = lambda: None  # of the streams that began, as long as somebody has it
         room = sum(runner.cache.num_bytes for runner in self.runners)
         self.budget = Budget(self.runners, room, at_rest=lambda: not policy.under_way)
         self.admission = Admission()
@@ -167,13 +169,17 @@ class Engine:
         for problem in as_problems(problems):
             with self._on_its_own(problem, failed, []):
                 prepared.append({one: self._prepare(problem, one) for one in methods})
-        return self._stream(prepared, method, seed, failed)
+        own: list[Callable[[], Generator | None]] = []
+        stream = self._stream(prepared, method, seed, failed, own)
+        own.append(weakref.ref(stream))
+        return stream
 
-    def _stream(self, prepared: list[dict[Method, _Prepared]], method: Method | Chooser, seed: int,
-                failed: Failed | None) -> Iterator[SearchResult]:  # fmt: skip
-        if self._searching:
+    def _stream(self, prepared: list[dict[Method, _Prepared]], method: Method | Chooser, seed: int, failed: Failed | None,
+                own: Sequence[Callable[[], Generator | None]]) -> Generator[SearchResult, None, None]:  # fmt: skip
+        """own: leads to this generator."""
+        if (newest := self._newest()) is not None and newest.gi_frame is not None:
             raise EngineError("this engine is searching already: exhaust or close that iterator first, or make a second engine")
-        self._searching = True
+        [self._newest] = own
         waiting, running, watch = deque(prepared), list[_Search](), Stopwatch()
         budget = method.shared_budget if isinstance(method, Adaptive) else None
         allocation = Allocation(budget) if budget is not None else None
@@ -223,7 +229,6 @@ class Engine:
                 counts = runner.tree.counts()
                 if counts.filling or counts.pinned:  # an interrupt came where nobody noted yet whose they are
                     runner.start_over()
-            self._searching = False
 
     @contextmanager
     def _on_its_own(self, problem: Problem, failed: Failed | None, running: list[_Search]) -> Iterator[None]:
