@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import GEN_CLOSED, getgeneratorstate
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -177,7 +178,7 @@ class Engine:
     def _stream(self, prepared: list[dict[Method, _Prepared]], method: Method | Chooser, seed: int, failed: Failed | None,
                 own: Sequence[Callable[[], Generator | None]]) -> Generator[SearchResult, None, None]:  # fmt: skip
         """own: leads to this generator."""
-        if (newest := self._newest()) is not None and newest.gi_frame is not None:
+        if (newest := self._newest()) is not None and getgeneratorstate(newest) != GEN_CLOSED:
             raise EngineError("this engine is searching already: exhaust or close that iterator first, or make a second engine")
         [self._newest] = own
         waiting, running, watch = deque(prepared), list[_Search](), Stopwatch()
