@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tts_engine.cli import main
-from tts_engine.search import METHODS
+from tts_engine.search import METHODS, make_method
 
 SHRUNK = {"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6, "num_key_value_heads": 2}
 LIMIT, BUDGET, STEP, WHOLE = 3, 4, 12, 40  # problems, n, tokens of a step and of a solution
@@ -48,7 +48,7 @@ def test_math500_is_evaluated_with_random_weights(models, shared, tmp_path, meth
         assert ledger["policy"]["tokens_generated"] == sum(len(node["tokens"]) for node in nodes) > 0
         assert all(0 < len(node["tokens"]) <= STEP for node in nodes)
         scored = [node["score"] for node in nodes if node["score"] is not None]
-        assert bool(scored) == METHODS[method].uses_prm and all(0 <= score <= 1 for score in scored)
+        assert bool(scored) == make_method(method).uses_prm and all(0 <= score <= 1 for score in scored)
         assert 0 < len(record["prompt_tokens"]) and max(record["prompt_tokens"]) < 151_936
 
 
