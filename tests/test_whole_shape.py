@@ -36,7 +36,8 @@ def test_math500_is_evaluated_with_random_weights(models, shared, tmp_path, meth
         "--policy", str(policy), "--prm", str(prm), "--load", "random", "--dtype", "bfloat16", "--max-steps", "4",
         "--max-step-tokens", str(STEP), "--max-tokens", str(WHOLE), "--out", str(tmp_path / "run"), "--json",
     ]  # fmt: skip
-    command += [] if method == "cot" else ["--n", str(BUDGET)]
+    budget = {} if method == "cot" else {"n": BUDGET}
+    command += [str(word) for name, n in budget.items() for word in (f"--{name}", n)]
     assert main(command) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["failed"] == 0
@@ -48,7 +49,7 @@ def test_math500_is_evaluated_with_random_weights(models, shared, tmp_path, meth
         assert ledger["policy"]["tokens_generated"] == sum(len(node["tokens"]) for node in nodes) > 0
         assert all(0 < len(node["tokens"]) <= STEP for node in nodes)
         scored = [node["score"] for node in nodes if node["score"] is not None]
-        assert bool(scored) == make_method(method).uses_prm and all(0 <= score <= 1 for score in scored)
+        assert bool(scored) == make_method(method, **budget).uses_prm and all(0 <= score <= 1 for score in scored)
         assert 0 < len(record["prompt_tokens"]) and max(record["prompt_tokens"]) < 151_936
 
 
