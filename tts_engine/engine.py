@@ -200,9 +200,11 @@ class Engine:
                     self.budget.look()
                     watch.share(self._ticked, len(running))
                 for search in list(running):
-                    with self._on_its_own(search.problem, failed, running):
+                    try:  # at every tick, for every search: no context manager
                         self._pass_on(search)
                         self._refuse_if_late(search)
+                    except Exception as error:
+                        self._end(search.problem, error, failed, running)
                     if allocation is not None and search not in running:
                         allocation.end(self._cost(search))
                 watch.share("rest", len(running))
@@ -233,17 +235,21 @@ class Engine:
 
     @contextmanager
     def _on_its_own(self, problem: Problem, failed: Failed | None, running: list[_Search]) -> Iterator[None]:
-        """What goes wrong within is this problem's: it is no longer among those that run, and `failed` is told. Raised where nobody
-        is to be told, and where something is missing that other problems need, too."""
+        """What goes wrong within is this problem's."""
         try:
             yield
         except Exception as error:
-            for search in [search for search in running if search.problem is problem]:
-                self._abandon(search)
-                running.remove(search)
-            if failed is None or isinstance(error, MissingExtra):
-                raise
-            failed(problem, error if isinstance(error, EngineError) else EngineError(f"{type(error).__name__}: {error}"))
+            self._end(problem, error, failed, running)
+
+    def _end(self, problem: Problem, error: Exception, failed: Failed | None, running: list[_Search]) -> None:
+        """A problem is no longer among those that run, and `failed` is told why. Raised where nobody is to be told, and where
+        something is missing that other problems need, too."""
+        for search in [search for search in running if search.problem is problem]:
+            self._abandon(search)
+            running.remove(search)
+        if failed is None or isinstance(error, MissingExtra):
+            raise error
+        failed(problem, error if isinstance(error, EngineError) else EngineError(f"{type(error).__name__}: {error}"))
 
     def _refuse_if_late(self, search: _Search) -> None:
         timeout = self.config.timeout
