@@ -42,11 +42,11 @@ def write_results(
     training = training_flops(test.parameters)
     directory.mkdir(parents=True, exist_ok=True)
     numbers = summary(claims, verdicts, test, training, quality, strategy)
-    (directory / "summary.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    (directory / "table.md").write_text(f"{claim_table(claims, verdicts)}\n{cost_table(test, training)}")
+    (directory / "summary.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    (directory / "table.md").write_text(f"{claim_table(claims, verdicts)}\n{cost_table(test, training)}", encoding="utf-8")
     grid = main_grid(test.study)
     write_figures([size_figure(grid), accuracy_figure(grid, "flops")], directory)
-    (directory / PAGE).write_text(page(make_report(grid, [diagnosed[prm] for prm in (GOOD, POOR)])))
+    (directory / PAGE).write_text(page(make_report(grid, [diagnosed[prm] for prm in (GOOD, POOR)])), encoding="utf-8")
 
 
 def step_auc(diagnosed: Mapping[str, Diagnostics]) -> dict[str, float]:
