@@ -1,4 +1,4 @@
-"""What every test stands on: Triton interpreted where there is no GPU, and the developers' shared data where it exists."""
+"""What every test stands on: Triton interpreted where there is no GPU, the developers' shared data where it exists, tiny models."""
 
 import os
 from pathlib import Path
@@ -28,3 +28,29 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs the developers' shared data at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A directory with a small policy and a small PRM of random weights."""
+    from tts_engine.testing import random_policy_directory, random_prm_directory
+
+    directory = tmp_path_factory.mktemp("models")
+    random_policy_directory(directory / "policy")
+    random_prm_directory(directory / "prm", "math-shepherd")
+    return directory
+
+
+@pytest.fixture
+def run(capsys):
+    """A command as its user sees it: argv -> (exit code, standard output, standard error)."""
+    from tts_engine import cli
+
+    def call(*argv):
+        try:
+            code = cli.main([str(argument) for argument in argv])
+        except SystemExit as left:
+            code = left.code
+        return code, *capsys.readouterr()
+
+    return call

@@ -12,19 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tts_engine import cli, embedded, options
-from tts_engine.testing import random_policy_directory, random_prm_directory
+from tts_engine import embedded, options
+from tts_engine.testing import random_prm_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBLEM = "a=47+38;b=a-6;b?"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models")
-    random_policy_directory(directory / "policy")
-    random_prm_directory(directory / "prm", "math-shepherd")
-    return directory
 
 
 @pytest.fixture
@@ -32,20 +24,6 @@ def given(models):
     """Options that name the models and keep searches small."""
     small = ["--max-step-tokens", "12", "--max-steps", "4", "--block-size", "8", "--kv-bytes", "4M", "--system", ""]
     return ["--policy", str(models / "policy"), "--prm", str(models / "prm"), *small]
-
-
-@pytest.fixture
-def run(capsys):
-    """argv -> (exit code, standard output, standard error)."""
-
-    def call(*argv):
-        try:
-            code = cli.main([str(argument) for argument in argv])
-        except SystemExit as left:
-            code = left.code
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def shell(*argv, **how):

@@ -4,20 +4,10 @@ import json
 
 import pytest
 
-from tts_engine import cli
 from tts_engine.runs import read_run
 from tts_engine.sweep import read_sweep
-from tts_engine.testing import random_policy_directory, random_prm_directory
 
 SMALL = {"max_step_tokens": 12, "block_size": 8, "kv_bytes": "4M", "system": ""}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models")
-    random_policy_directory(directory / "policy")
-    random_prm_directory(directory / "prm", "math-shepherd")
-    return directory
 
 
 @pytest.fixture
@@ -32,20 +22,6 @@ def recipe(models, tmp_path):
         return file
 
     return write
-
-
-@pytest.fixture
-def run(capsys):
-    """argv -> (exit code, standard output, standard error)."""
-
-    def call(*argv):
-        try:
-            code = cli.main([str(argument) for argument in argv])
-        except SystemExit as left:
-            code = left.code
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def test_a_sweep_is_made_once_and_told_again(recipe, run, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from tts_engine.report.table import cell_of
 from tts_engine.runs import PROBLEMS, RUN, Run, describe_run, evaluate, read_run
 from tts_engine.search import Adaptive, BeamSearch, Majority
 from tts_engine.tasks.problems import Problem, load_task
-from tts_engine.testing import random_policy_directory, random_prm_directory
+from tts_engine.testing import random_policy_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 METHOD = BeamSearch(n=4, width=2, max_steps=5)
@@ -62,14 +62,6 @@ def run_all(models, directory):
 def without_costs(record):
     """What must not depend on kills: everything but clocks and what happened to be in the cache."""
     return {key: value for key, value in record.items() if key not in ("ledger", "seconds")}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models")
-    random_policy_directory(directory / "policy")
-    random_prm_directory(directory / "prm", "math-shepherd")
-    return directory
 
 
 @pytest.fixture(scope="module")
