@@ -107,7 +107,7 @@ def test_how_much_of_the_work_is_useful_in_less_memory(tell, name):
     problems, method = load_task("embedded", "test", 100), make_method(name, n=16)
     with make_engine() as engine:
         most = kept(engine)
-        engine.admission.expected = lambda *asked: 0  # all at once: what they would keep together
+        engine.admission.expected = lambda *asked: [0, 0]  # all at once: what they would keep together
         engine.search(problems, method)
     for share in SHARES:
         with make_engine(kv_bytes=int(share * most[0])) as engine:

@@ -142,7 +142,7 @@ def test_evicting_everything_between_ticks_changes_no_bit(models, alone, method)
 
 def crowded(engine):
     """It begins searches whatever they may come to."""
-    engine.admission.expected = lambda *asked: 0
+    engine.admission.expected = lambda *asked: [0, 0]
     return engine
 
 
@@ -151,13 +151,29 @@ def test_no_more_searches_are_under_way_than_keep_what_they_need(models, method)
     """As much as one of them keeps and half as much again: nothing is computed twice but for the ends of steps."""
     engine = load(models, deterministic=True)
     results = {problem.id: engine.search(problem, method, seed=3)[0] for problem in PROBLEMS}
-    kept = engine.admission.expected(method, 1 << 60)
-    small = load(models, deterministic=True, kv_bytes=2 * kept)
+    kept = engine.admission.expected(method, (1 << 60, 1 << 60))
+    small = load(models, deterministic=True, kv_bytes=2 * sum(kept))
     small.admission.note(method, kept)
-    out, free = small.search(PROBLEMS, method, seed=3), crowded(load(models, deterministic=True, kv_bytes=2 * kept))
+    out, free = small.search(PROBLEMS, method, seed=3), crowded(load(models, deterministic=True, kv_bytes=2 * sum(kept)))
     assert [essence(result) for result in out] == [essence(results[problem.id]) for problem in PROBLEMS]
     thrashed = sum(result.ledger.policy.tokens_recomputed for result in free.search(PROBLEMS, method, seed=3))
     assert sum(result.ledger.policy.tokens_recomputed for result in out) < thrashed / 2
+
+
+def test_a_policy_beside_an_idle_prm_has_room_for_as_many_searches_as_one_alone(models):
+    """What eight searches keep and a quarter more, half of which was proposed for the PRM."""
+    method = make_method("majority", n=8, max_steps=5)
+    engine = load(models, deterministic=True)
+    ours = engine.search(PROBLEMS, method, seed=3)
+    kept, prm = engine.admission.expected(method, (1 << 60, 1 << 60))
+    assert prm == 0
+    small = load(models, deterministic=True, kv_bytes=len(PROBLEMS) * kept * 5 // 4)
+    before = small.policy.runner.tree.num_blocks
+    small.admission.note(method, (kept, prm))
+    out = small.search(PROBLEMS, method, seed=3)
+    assert [essence(result) for result in out] == [essence(result) for result in ours]
+    assert small.policy.runner.tree.num_blocks > 1.5 * before
+    assert sum(result.ledger.policy.tokens_recomputed for result in out) == 0
 
 
 @by_name

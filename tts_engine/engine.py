@@ -74,7 +74,7 @@ class _Search:
     ledger: Ledger
     started: float
     before: Phases  # what the stopwatch showed then
-    expected: int  # bytes of keys and values that it will come to
+    expected: list[int]  # bytes of keys and values that it will come to, the policy's first
     held: Ask | None = None
     cost: Cost = Cost()  # until then
 
@@ -190,6 +190,7 @@ class Engine:
                     one = waiting.popleft()
                     with self._on_its_own(next(iter(one.values())).problem, failed, running):
                         running.append(self._begin(one, method, seed))
+                        self.budget.expect(self._expected_of_all(running))
                         running[-1].before = replace(watch.shared)
                         self._pass_on(running[-1])
                 watch.share("rest", len(running))
@@ -261,25 +262,35 @@ class Engine:
         way need too."""
         if _all_held(running):
             return True
-        expected = sum(search.expected for search in running if search.held is None) + self._expected(prepared)
+        expected = sum(self._expected_of_all(running)) + sum(self._expected(prepared))
         return self.policy.num_open < self.config.max_rows and expected <= self.budget.num_bytes
 
-    def _expected(self, prepared: dict[Method, _Prepared]) -> int:
-        """Bytes of keys and values that a search will come to."""
-        return max(self.admission.expected(method, self._most(method, one.needs, one.limits)) for method, one in prepared.items())
+    def _expected_of_all(self, running: list[_Search]) -> list[int]:
+        """Bytes of keys and values that the searches under way will come to, the policy's first; not of those that are held."""
+        going = [search.expected for search in running if search.held is None]
+        return [sum(each) for each in zip([0] * len(self.runners), *going, strict=True)]
 
-    def _most(self, method: Method, needs: Sequence[int], limits: Limits) -> int:
+    def _expected(self, prepared: dict[Method, _Prepared]) -> list[int]:
+        """Bytes of keys and values that a search will come to, whichever of its methods is chosen."""
+        each = [self.admission.expected(method, self._most(method, one)) for method, one in prepared.items()]
+        return [max(of_model) for of_model in zip(*each, strict=True)]
+
+    def _most(self, method: Method, prepared: _Prepared) -> list[int]:
         """Bytes that a search may come to if its branches are not unusually long."""
-        share = min(1.0, PATH_TOKENS / limits.max_tokens)
-        return int(share * method.n * sum(blocks * runner.block_bytes for blocks, runner in zip(needs, self.runners, strict=False)))
+        share = min(1.0, PATH_TOKENS / prepared.limits.max_tokens)
+        branches = [method.n, method.n if method.uses_prm else 0]
+        return [int(share * count * blocks * runner.block_bytes)
+                for count, blocks, runner in zip(branches, prepared.needs, self.runners, strict=False)]  # fmt: skip
 
     def _retire(self, search: _Search) -> None:
         """A search is over: what it kept makes room for others, and tells what the next one may keep."""
-        kept = search.drawing.steps.blocks(self.config.block_size) * self.policy.runner.block_bytes
+        kept = [search.drawing.steps.blocks(self.config.block_size) * self.policy.runner.block_bytes]
         self.policy.retire(search.drawing)
-        if self.scorer is not None and search.scoring is not None:
-            kept += search.scoring.steps.blocks(self.config.block_size) * self.scorer.runner.block_bytes
-            self.scorer.retire(search.scoring)
+        if self.scorer is not None:
+            kept.append(0)
+            if search.scoring is not None:
+                kept[1] = search.scoring.steps.blocks(self.config.block_size) * self.scorer.runner.block_bytes
+                self.scorer.retire(search.scoring)
         self.admission.note(search.method, kept)
 
     def _reserve(self, running: list[_Search], prepared: dict[Method, _Prepared]) -> bool:

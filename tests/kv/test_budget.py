@@ -175,11 +175,38 @@ def test_what_searches_need_is_reserved_and_moved_to_where_it_is_needed():
     assert not budget.reserve([(50, 3)]) and sizes(budget) == before  # not now
 
 
+def test_what_searches_will_come_to_moves_the_split_as_far_as_the_other_model_can_spare():
+    budget = budget_of()
+    budget.expect((60, 64))
+    assert budget.moves == 0
+    budget.expect((100, 20))
+    assert sizes(budget) == [100, 28]
+    budget.expect((101, 20))
+    assert sizes(budget) == [108, 20]  # a part at a time, as far as the other can spare it
+    budget.expect((128, 0))
+    assert sizes(budget) == [120, 8]  # what is reserved stays
+    budget.expect((30, 98))
+    assert sizes(budget) == [30, 98]
+    budget.pools[1].use(90)
+    budget.expect((128, 0))
+    assert sizes(budget) == [38, 90]  # and so does what is in use
+
+
+def test_a_policy_beside_an_idle_prm_has_the_room():
+    budget = budget_of()
+    budget.expect((50, 0))
+    for _ in range(20):
+        budget.pools[0].starve()
+        budget.look()
+    assert sizes(budget) == [120, 8]
+
+
 def test_nothing_moves_while_a_forward_is_under_way():
     budget = budget_of()
     budget.at_rest = lambda: False
     budget.pools[0].starve()
     budget.look()
+    budget.expect((100, 0))
     assert not budget.press() and not budget.reserve([(100, 1)]) and sizes(budget) == [64, 64]
     assert budget.reserve([(64, 64)])  # nothing has to move
 
@@ -206,6 +233,7 @@ def test_a_policy_alone_has_it_all():
     budget = Budget([Blocks(30, 2)], 60)
     budget.pools[0].starve()
     budget.look()
+    budget.expect([90])
     assert budget.reserve([[30], [2]]) and not budget.press() and not budget.reserve([[31]])
     with pytest.raises(OutOfBlocks, match="31 for the policy "):
         budget.refuse_unless_fits("problem 1", [31], "it is long")

@@ -1,7 +1,8 @@
 """One budget of memory: how much of it is for keys and values, and which of two models has how many blocks of that.
 
-The first split is what a roofline model of both phases proposes. From there on it moves with demand, a part at a time and between
-forwards: where one model is short of room, the other gives up blocks that nobody needs now. A model never has fewer
+The first split is what a roofline model of both phases proposes. From there on it moves with demand, between forwards: to what the
+searches under way are expected to come to, and a part at a time where one model is short of room all the same and the other has
+blocks that nobody needs now. A model never has fewer
 blocks than the searches under way may need for one branch each, so results do not depend on any of it. Knows bytes and pools of
 blocks, neither models nor tensors.
 
@@ -103,6 +104,7 @@ class Budget:
         self.moves = 0  # of the split
         self._proposed = [pool.tree.num_blocks for pool in pools]
         self._floors = [1 for _ in pools]
+        self._expected = list(self._proposed)
         self._seen = [(0, 0) for _ in pools]  # refusals and tokens recomputed at the last look
         self._calm = 0  # looks since the policy was short
         self._patience = PATIENCE
@@ -130,6 +132,18 @@ class Budget:
         self._floors = floors
         return True
 
+    def expect(self, num_bytes: Sequence[int]) -> None:
+        """Move the split, as far as that can be now, so that each pool has room for what the searches under way will come to."""
+        self._expected = [-(-wanted // pool.block_bytes) for wanted, pool in zip(num_bytes, self.pools, strict=True)]
+        if len(self.pools) < 2 or not self.at_rest():
+            return
+        for giver, taker in ((1, 0), (0, 1)):
+            tree, wanted = self.pools[giver].tree, self._expected[taker]
+            if wanted > self.pools[taker].tree.num_blocks:
+                count = max(self._surplus(giver, taker, wanted), self._blocks_of_part(giver))
+                spare = tree.num_blocks - max(self._floors[giver], self._expected[giver])
+                self._give(giver, taker, min(count, spare, tree.available()))
+
     def look(self) -> None:
         """Move the split where a model has been short since the last look: it asked for room and had none, or computed anew what it
         had evicted. Between forwards."""
@@ -139,7 +153,7 @@ class Budget:
         short, prm_short = (new != old for new, old in zip(now, self._seen, strict=True))
         self._seen = now
         self._calm = 0 if short else self._calm + 1
-        if short and self._part(1, keep=max(self._floors[1], self._proposed[1])):
+        if short and self._part(1, keep=max(self._floors[1], min(self._proposed[1], self._expected[1]))):
             self._take_back()
         elif prm_short and self._calm > self._patience:
             self._returned |= self._part(0, keep=self._floors[0])
