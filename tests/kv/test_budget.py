@@ -178,6 +178,7 @@ def test_what_searches_need_is_reserved_and_moved_to_where_it_is_needed():
 def test_what_searches_will_come_to_moves_the_split_as_far_as_the_other_model_can_spare():
     budget = budget_of()
     budget.expect((60, 64))
+    budget.expect((70, 57))  # less than a part can be spared
     assert budget.moves == 0
     budget.expect((100, 20))
     assert sizes(budget) == [100, 28]

@@ -133,16 +133,18 @@ class Budget:
         return True
 
     def expect(self, num_bytes: Sequence[int]) -> None:
-        """Move the split, as far as that can be now, so that each pool has room for what the searches under way will come to."""
+        """Move the split, as far as that can be now, so that each pool has room for what the searches under way will come to; not for
+        less than a part of the budget, as a pool of another size has its price."""
         self._expected = [-(-wanted // pool.block_bytes) for wanted, pool in zip(num_bytes, self.pools, strict=True)]
         if len(self.pools) < 2 or not self.at_rest():
             return
         for giver, taker in ((1, 0), (0, 1)):
             tree, wanted = self.pools[giver].tree, self._expected[taker]
             if wanted > self.pools[taker].tree.num_blocks:
-                count = max(self._surplus(giver, taker, wanted), self._blocks_of_part(giver))
-                spare = tree.num_blocks - max(self._floors[giver], self._expected[giver])
-                self._give(giver, taker, min(count, spare, tree.available()))
+                least = self._blocks_of_part(giver)
+                spare = min(tree.num_blocks - max(self._floors[giver], self._expected[giver]), tree.available())
+                if spare >= least:
+                    self._give(giver, taker, min(max(self._surplus(giver, taker, wanted), least), spare))
 
     def look(self) -> None:
         """Move the split where a model has been short since the last look: it asked for room and had none, or computed anew what it
