@@ -54,7 +54,7 @@ class Watched(Engine):
             check_blocks(runner.tree)
             if self.forgetful:
                 runner.tree.evict_all()
-        if self.scorer is not None:
+        if self.scorer is not None and not self.scorer.under_way:
             counts = self.scorer.runner.tree.counts()
             assert counts.pinned == counts.filling == 0
 
@@ -103,7 +103,24 @@ def assert_at_rest(engine, interrupted=False) -> None:
         counts = check_blocks(runner.tree)
         assert counts.pinned == counts.filling == 0
     assert engine.policy.num_open == 0 and not engine.policy.busy
-    assert engine.scorer is None or engine.scorer.num_open == 0
+    assert engine.scorer is None or (engine.scorer.num_open == 0 and not engine.scorer.under_way)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """late(): from then on the PRM is mostly not ready with what it has begun, as where a GPU reads in a stream of its own. Returns
+    how often it was ready, and how often not."""
+    asked, rng = Counter(), random.Random(4)
+
+    def ready(scorer):
+        asked[found := rng.random() < 0.15] += 1
+        return found and scorer.under_way
+
+    def later():
+        monkeypatch.setattr(scorer_room.Scorer, "ready", property(ready))
+        return asked
+
+    return later
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +297,50 @@ def test_speculation_changes_no_bit(models, alone, monkeypatch, method, settings
     assert_at_rest(engine)
     guessed = sum(result.ledger.policy.tokens_adopted + result.ledger.policy.tokens_wasted for result in results)
     assert (guessed > 0) == (method.name in ("beam", "dvts"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"speculate": True}, {"kv_bytes": 32}], ids=["plenty", "speculating", "hardly any room"])
+@by_name
+def test_scores_that_come_ticks_later_change_no_bit(models, alone, monkeypatch, late, method, settings):
+    """And while the PRM reads, draws go on, and no pool changes its size."""
+    monkeypatch.setattr(guesses_room, "MOST_ROWS", {"cpu": 40})
+    monkeypatch.setattr(scorer_room, "BATCH_TOKENS", 40)
+    if "kv_bytes" in settings:
+        settings = {"kv_bytes": tiny_pool(models, settings["kv_bytes"])}
+    engine, asked = load(models, deterministic=True, **settings), late()
+    move, beside = engine.budget._give, Counter()
+
+    def give(*how):
+        assert not engine.scorer.under_way
+        return move(*how)
+
+    def tick():
+        beside["tokens"] += engine.scorer.under_way * engine.policy.num_open
+        policy_tick()
+
+    policy_tick, engine.policy.tick, engine.budget._give = engine.policy.tick, tick, give
+    results = engine.search(PROBLEMS[:5], method, seed=3)
+    assert essence(results[0]) == essence(alone[method])
+    assert asked[False] > asked[True] > 0 and beside["tokens"] > 0
+    assert_at_rest(engine)
+
+
+@by_name
+def test_a_search_that_ends_while_the_prm_reads_it_leaves_nothing_behind(models, alone, monkeypatch, late, method):
+    monkeypatch.setattr(scorer_room, "BATCH_TOKENS", 40)
+    engine, _ = load(models, deterministic=True), late()
+    tick = engine.policy.tick
+
+    def lost():
+        if engine.scorer.under_way:
+            raise RuntimeError("the device is lost")
+        tick()
+
+    with monkeypatch.context() as only, pytest.raises(RuntimeError, match="is lost"):
+        only.setattr(engine.policy, "tick", lost)
+        engine.search(PROBLEMS[:5], method, seed=3)
+    assert_at_rest(engine)
+    assert essence(engine.search(PROBLEMS[0], method, seed=3)[0]) == essence(alone[method])
 
 
 @pytest.mark.parametrize("method", STEP_METHODS[1:3], ids=lambda method: method.name)
@@ -775,10 +836,13 @@ def random_engine(rng: random.Random, models) -> Watched:
                 speculate=rng.random() < 0.5, kv_bytes=tiny_pool(models, rng.choice([24, 32, 64, 200])))  # fmt: skip
 
 
+@pytest.mark.parametrize("when", ["at once", "late"])
 @pytest.mark.timeout(0)
-def test_no_block_is_lost_whatever_searches_meet(models, monkeypatch, soak):
+def test_no_block_is_lost_whatever_searches_meet(models, monkeypatch, late, soak, when):
     """Random searches under random budgets, with random faults, timeouts, interrupts and abandoned streams, 20 and more of them."""
     monkeypatch.setattr(guesses_room, "MOST_ROWS", {"cpu": 40})
+    if when == "late":
+        late()
     rng, met, searched = random.Random(soak), Counter(), 0
     texts = [*(problem.problem for problem in PROBLEMS)] * 5 + ["", "1" * 600]
     while searched < 20 * soak:

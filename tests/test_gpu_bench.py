@@ -26,7 +26,7 @@ FIGURES = {  # that a part tells
     "levels": {"cascade"},
     "tick": {"tick"},
     "prm": {"reread", "head", "prefill"},
-    "search": {"search"},
+    "search": {"search", "overlap"},
 }
 
 

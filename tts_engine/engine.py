@@ -88,7 +88,7 @@ class Engine:
         self._ticked = "policy"  # the phase that the last tick was of
         self._newest: Callable[[], Generator | None] = lambda: None  # of the streams that began, as long as somebody has it
         room = sum(runner.cache.num_bytes for runner in self.runners)
-        self.budget = Budget(self.runners, room, at_rest=lambda: not policy.under_way)
+        self.budget = Budget(self.runners, room, at_rest=self._at_rest)
         self.admission = Admission()
         policy.more_room = self.budget.press
 
@@ -134,6 +134,9 @@ class Engine:
         """Drop all idle KV, so that the next search pays its own way. Speed and the ledger change, results do not."""
         for runner in self.runners:
             runner.tree.evict_all()
+
+    def _at_rest(self) -> bool:
+        return not self.policy.under_way and not (self.scorer is not None and self.scorer.under_way)
 
     @property
     def runners(self) -> list[ModelRunner]:
@@ -303,14 +306,18 @@ class Engine:
 
     def _tick(self) -> None:
         """One forward of one model. The PRM's turn comes when there is a batch to read, or when more branches wait for it than for
-        the policy: large batches pay. Or when what it says decides what idle rows draw."""
+        the policy: large batches pay. Or when what it says decides what idle rows draw. While it reads, the policy goes on."""
         scorer, policy = self.scorer, self.policy
-        if scorer is not None and (scorer.worth_a_tick or scorer.num_open > policy.num_open or policy.wants_scores()):
-            scorer.tick()
+        if scorer is not None and not scorer.under_way and (
+            scorer.worth_a_tick or scorer.num_open > policy.num_open or policy.wants_scores()
+        ):  # fmt: skip
+            scorer.start()
             self._ticked = "prm"
         else:
-            self.policy.tick()
+            policy.tick()
             self._ticked = "policy"
+        if scorer is not None and scorer.under_way and (scorer.ready or not policy.busy):
+            scorer.finish()
 
     def _pass_on(self, search: _Search) -> None:
         """Hand on what closed and what a program asks, until it waits for a model or is done."""

@@ -5,6 +5,7 @@ Policy and PRM are two of these. Knows handles, tokens and tensors; nothing of b
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -67,6 +68,16 @@ class ModelRunner:
             raise EngineError(f"{num_blocks} KV blocks of {block_size} tokens cannot be held on {decoder.device}: lower "
                               f"kv_bytes") from error  # fmt: skip
 
+    @cached_property
+    def stream(self) -> torch.cuda.Stream | None:
+        """On a GPU one of its own, for forwards that run beside another model's. Whatever else is done with this model's tensors is
+        done before they begin: its weights are there, and `resize` waits."""
+        device = self.decoder.device
+        if device.type != "cuda":
+            return None
+        torch.cuda.synchronize(device)
+        return torch.cuda.Stream(device)
+
     @property
     def block_bytes(self) -> int:
         return self.cache.block_bytes
@@ -92,6 +103,8 @@ class ModelRunner:
             if not isinstance(error, RuntimeError | MemoryError):
                 raise
             return False
+        if self.stream is not None:
+            torch.cuda.synchronize(self.stream.device)
         self.tree.resize(num_blocks)
         return True
 

@@ -32,6 +32,7 @@ from .setting import PAIR_PRM, Bench
 from .trees import beam
 
 OURS, BLIND = "ours", "sharing-blind, PRM re-read"
+BESIDE, IN_TURN = "two streams", "one model at a time"
 
 
 @dataclass
@@ -211,3 +212,30 @@ def search(bench: Bench) -> None:
                       policy_tokens=done.policy_tokens, prm_tokens=done.prm_tokens, noise=times.noise,
                       rounds=times.rounds)  # fmt: skip
         bench.figure("search", case, times.ratio(BLIND), noise=times.noise, rounds=times.rounds)
+        overlap(bench, engine, n, depth)
+
+
+def overlap(bench: Bench, engine: Engine, n: int, depth: int) -> None:
+    """The same work with the PRM reading in a stream of its own, beside the policy's ticks, and one after the other."""
+    assert (scorer := engine.scorer) is not None
+    count, start = bench.sizes.beside, scorer.start
+    problems = [Problem(id=f"beside-{number}", problem=text_of(148), answer=None) for number in range(count)]
+    method, drawn = make_method("beam", n=n // count, max_steps=depth), set[int]()
+
+    def searched(begin: Callable[[], None]) -> None:
+        engine.forget()
+        scorer.start = begin  # type: ignore[method-assign]
+        drawn.add(sum(len(node.tokens) for result in engine.search(problems, method) for node in result.nodes))
+
+    def waiting() -> None:
+        start()
+        if scorer.under_way:
+            scorer.finish()
+
+    times = raced(bench, {BESIDE: lambda: searched(start), IN_TURN: lambda: searched(waiting)}, slow=True)
+    scorer.start = start  # type: ignore[method-assign]
+    case = f"{count} problems, beam, n={n // count}, {depth} steps"
+    for name, seconds in times.seconds.items():
+        bench.row(case, contender=name, seconds=seconds, policy_tokens=min(drawn), most_policy_tokens=max(drawn), noise=times.noise,
+                  rounds=times.rounds)  # fmt: skip
+    bench.figure("overlap", case, times.ratio(IN_TURN), noise=times.noise, rounds=times.rounds)

@@ -30,5 +30,6 @@ FIGURES = {
     "head": Figure(what="PRM head's share of PRM time", least=1.0, aim=0.3, unit="%", most=True),
     "prefill": Figure(what="PRM prefill, share of a large product's rate", least=60, aim=75, unit="%"),
     "search": Figure(what="whole beam search over sharing-blind with PRM re-read", least=4.0, aim=8.0, unit="x"),
+    "overlap": Figure(what="policy and PRM in two streams over one model at a time", least=1.05, aim=1.25, unit="x"),
     "tick": Figure(what="decode tick over its roofline floor", least=1.6, aim=1.25, unit="x", most=True),
 }

@@ -81,6 +81,7 @@ class Sizes:
     opening: int  # tokens before the first step
     step: int  # tokens
     search: tuple[int, int, int]  # n, steps, tokens of a step
+    beside: int  # problems that share such an n, so that one may be read while others are drawn
     ticks: tuple[int, int]  # tokens of a shorter and a longer step: a tick is what they differ by
 
 
@@ -121,6 +122,7 @@ FULL = Sizes(
     opening=300,
     step=100,
     search=(256, 10, 50),
+    beside=8,
     ticks=(16, 80),
 )
 TINY = Sizes(
@@ -153,7 +155,8 @@ TINY = Sizes(
     read={2: 2},
     opening=40,
     step=20,
-    search=(4, 2, 5),
+    search=(8, 2, 5),
+    beside=2,
     ticks=(2, 4),
 )
 # As much of FULL's kernels as a tool bears that makes them a hundred times slower.

@@ -133,8 +133,8 @@ class Budget:
         return True
 
     def expect(self, num_bytes: Sequence[int]) -> None:
-        """Move the split, as far as that can be now, so that each pool has room for what the searches under way will come to; not for
-        less than a part of the budget, as a pool of another size has its price."""
+        """Move the split, as far as that can be now, so that each pool has room for what the searches under way will come to; not
+        for less than a part of the budget, as a pool of another size has its price."""
         self._expected = [-(-wanted // pool.block_bytes) for wanted, pool in zip(num_bytes, self.pools, strict=True)]
         if len(self.pools) < 2 or not self.at_rest():
             return

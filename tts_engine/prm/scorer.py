@@ -1,4 +1,7 @@
-"""The PRM at work: steps of many searches read together, each once, behind what it has read of their paths before."""
+"""The PRM at work: steps of many searches read together, each once, behind what it has read of their paths before.
+
+On a GPU it reads in a stream of its own, beside the policy's ticks: a forward is begun, and its scores are fetched when it is over.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -6,6 +9,7 @@ from itertools import chain
 from textwrap import shorten
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..branch import Branch
@@ -83,8 +87,20 @@ class _Run:
     ids: list[int]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Forward:
+    """What was begun: for the readings, each with the nodes of its path, which are held; runs by node; and a score float32 [R] for
+    each run of a step, once it is `done`."""
+
+    taken: list[tuple[_Reading, list[int]]]
+    runs: dict[int, _Run]
+    scores: Tensor
+    done: torch.cuda.Event | None  # None where it was when it began
+
+
 class Scorer:
-    """Scores for many searches over one model. `offer` what will be asked, `submit` what a driver asks; `tick` while `num_open`."""
+    """Scores for many searches over one model. `offer` what will be asked, `submit` what a driver asks; `tick` while `num_open`, or
+    `start` and, when `ready`, `finish`."""
 
     def __init__(self, runner: ModelRunner, spec: PRMSpec, head: Callable[[Tensor], Tensor], *, head_flops: int) -> None:
         """head: hidden states [R, d] -> scores float32 [R]; head_flops: its cost for one of them."""
@@ -94,6 +110,17 @@ class Scorer:
         self._max_tokens = MAX_TOKENS
         self._num_tokens = 0  # of the newest steps of both
         self._num_open = 0
+        self._begun: _Forward | None = None
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a forward was begun and its scores are still to be fetched."""
+        return self._begun is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether they are there."""
+        return self._begun is not None and (self._begun.done is None or self._begun.done.query())
 
     @property
     def num_open(self) -> int:
@@ -146,7 +173,9 @@ class Scorer:
         self.runner.tree.retire(list(context.nodes))
 
     def abandon(self, context: ScoreContext) -> None:
-        """Forget whatever of one search is still to be read."""
+        """Forget whatever of one search is still to be read; what is being read is waited for."""
+        if self._begun is not None:
+            self.finish()
         for readings in (self._asked, self._offered):
             for reading in [reading for reading in readings if reading.context is context]:
                 del readings[reading]
@@ -155,10 +184,17 @@ class Scorer:
         context.readings.clear()
 
     def tick(self) -> None:
-        """One forward over as many paths as fit, first those that are waited for: new tokens only, shared ones once.
+        """`start` and `finish`."""
+        self.start()
+        if self._begun is not None:
+            self.finish()
 
-        A search that cannot go on, because no path of it fits or a score is none, fails and is abandoned; its driver knows why.
+    def start(self) -> None:
+        """Begin one forward over as many paths as fit, first those that are waited for: new tokens only, shared ones once.
+
+        A search of which no path fits fails and is abandoned; its driver knows why.
         """
+        assert self._begun is None, "what was started must be finished first"
         tree = self.runner.tree
         taken: list[tuple[_Reading, list[int]]] = []
         runs: dict[int, _Run] = {}  # by node
@@ -175,17 +211,28 @@ class Scorer:
             why = f"the PRM needs {need} KV blocks of {tree.block_size} tokens to read one branch and has {tree.num_blocks} in all"
             return self._fail(first.context, OutOfBlocks(f"{why}; raise kv_bytes"))
         try:
-            scores = self._read(runs)
-        except Exception as error:
+            self._begun = _Forward(taken, runs, *self._read(runs))
+        except BaseException as error:
+            self._drop(taken)
             if not out_of_memory(error):
                 raise
-            return self._shrink([reading for reading, _ in taken], num_tokens)
+            self._shrink([reading for reading, _ in taken], num_tokens)
+
+    def finish(self) -> None:
+        """Wait for what was started, and hand on its scores. A search of which a score is none fails and is abandoned."""
+        begun, self._begun = self._begun, None
+        assert begun is not None, "nothing was started"
+        try:
+            scores = self._found(begun)
         finally:
-            for _, nodes in taken:
-                tree.drop(nodes[-1])
-        for reading, nodes in taken:
+            self._drop(begun.taken)
+        for reading, nodes in begun.taken:
             reading.context.nodes.update(nodes[1:])
             self._conclude(reading, [scores.get(node) for node in nodes])
+
+    def _drop(self, taken: list[tuple[_Reading, list[int]]]) -> None:
+        for _, nodes in taken:
+            self.runner.tree.drop(nodes[-1])
 
     def _shrink(self, taken: list[_Reading], num_tokens: int) -> None:
         """After a forward that was too much for the memory: half as many tokens from here on. Where it was one path alone, its
@@ -241,11 +288,10 @@ class Scorer:
             above = number
         return added
 
-    def _read(self, runs: dict[int, _Run]) -> dict[int, float]:
-        """Run the forward; the score at the read position of every run of a step."""
-        tree = self.runner.tree
+    def _read(self, runs: dict[int, _Run]) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Begin the forward; the score at the read position of every run of a step, and when they are there."""
         counts = np.array([len(run.ids) for run in runs.values()], np.int32)
-        of_step = np.array([tree.parent(node) != NO_NODE for node in runs], bool)  # an opening has no score
+        of_step = np.array([self._is_step(node) for node in runs], bool)  # an opening has no score
         segments = Segments(
             handles=np.array(list(runs), np.int64),
             is_lease=np.zeros(len(runs), bool),
@@ -254,16 +300,28 @@ class Scorer:
             path_starts=np.array([run.step.start for run in runs.values()], np.int32),
             token_ids=np.concatenate([np.array(run.ids, np.int64) for run in runs.values()]),
         )
-        hidden = self.runner.forward(segments, np.cumsum(counts, dtype=np.int64)[of_step] + self.spec.read_at)
-        scores = iter(self.head(hidden).tolist())
+        stream = self.runner.stream
+        with torch.cuda.stream(stream):
+            hidden = self.runner.forward(segments, np.cumsum(counts, dtype=np.int64)[of_step] + self.spec.read_at)
+            scores = self.head(hidden)
+        return scores, stream.record_event() if stream is not None else None
+
+    def _found(self, begun: _Forward) -> dict[int, float]:
+        """By node of a step: its score. What was read is noted."""
+        with torch.cuda.stream(self.runner.stream):
+            scores = iter(begun.scores.tolist())
         found: dict[int, float] = {}
-        for (node, run), is_step in zip(runs.items(), of_step, strict=True):
-            tree.set_computed(node, run.start + len(run.ids))
+        for node, run in begun.runs.items():
+            self.runner.tree.set_computed(node, run.start + len(run.ids))
+            is_step = self._is_step(node)
             self._charge(run, is_step)
             if is_step:
                 found[node] = next(scores)
-        self._charge_padding(run.context, len(segments.token_ids), len(found))
+        self._charge_padding(run.context, sum(len(run.ids) for run in begun.runs.values()), len(found))
         return found
+
+    def _is_step(self, node: int) -> bool:
+        return self.runner.tree.parent(node) != NO_NODE
 
     def count(self, context: ScoreContext) -> None:
         """What of a search's costs follows from its tree, once all of it is scored."""
