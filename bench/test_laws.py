@@ -44,9 +44,10 @@ def drawn(results) -> dict:
     return found | {result.problem.id: result.answer for result in results}
 
 
-def changed(ours: dict, theirs: dict) -> dict[str, int]:
-    """Tokens, scores and answers that are not the same, or are there in one of the two alone."""
-    counts = {"tokens": 0, "scores": 0, "answers": 0}
+def changed(ours: dict, theirs: dict) -> tuple[dict[str, int], float]:
+    """Tokens, scores and answers that are not the same, or are there in one of the two alone; and how far two scores of the same
+    step are apart at most."""
+    counts, apart = {"tokens": 0, "scores": 0, "answers": 0}, 0.0
     for key in ours.keys() | theirs.keys():
         if isinstance(key, str):
             counts["answers"] += ours[key] != theirs[key]
@@ -55,7 +56,9 @@ def changed(ours: dict, theirs: dict) -> dict[str, int]:
         same = sum(a == b for a, b in zip(mine, other, strict=False))
         counts["tokens"] += max(len(mine), len(other)) - same
         counts["scores"] += my_score != other_score
-    return counts
+        if my_score is not None and other_score is not None and mine == other:
+            apart = max(apart, abs(my_score - other_score))
+    return counts, apart
 
 
 def variants(problems, method, seed: int, memory: int, **settings):
@@ -95,10 +98,10 @@ def test_what_the_order_of_work_changes(tell, name, deterministic):
     tokens = sum(len(value[0]) for key, value in ours.items() if not isinstance(key, str))
     mode = "deterministic" if deterministic else "default"
     for variant, results in variants(problems, method, 0, max(most[0] // 4, 3_000_000), deterministic=deterministic):
-        counts = changed(ours, drawn(results))
+        counts, apart = changed(ours, drawn(results))
         tell(f"{name}, {PROBLEMS} problems, {mode}", contender=variant, tokens=tokens, **{
             f"{what} changed": count for what, count in counts.items()
-        }, **{"tokens changed per million": 1e6 * counts["tokens"] / tokens})  # fmt: skip
+        }, **{"tokens changed per million": 1e6 * counts["tokens"] / tokens, "scores apart": apart})  # fmt: skip
         assert not deterministic or not any(counts.values()), f"{variant}: {counts}"
 
 

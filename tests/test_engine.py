@@ -600,9 +600,9 @@ def fault_logits(engine, monkeypatch):
 
 
 def fault_scores(engine, monkeypatch):
-    read, opening = engine.scorer._read, engine.scorer.spec.opening(FAULTY.problem)
-    monkeypatch.setattr(engine.scorer, "_read", lambda runs: {
-        node: torch.inf if runs[node].context.opening == opening else score for node, score in read(runs).items()})  # fmt: skip
+    fetch, opening = engine.scorer._found, engine.scorer.spec.opening(FAULTY.problem)
+    monkeypatch.setattr(engine.scorer, "_found", lambda begun: {
+        node: torch.inf if begun.runs[node].context.opening == opening else score for node, score in fetch(begun).items()})  # fmt: skip
 
 
 def fault_grader(engine, monkeypatch, error=None):
