@@ -600,9 +600,12 @@ def fault_logits(engine, monkeypatch):
 
 
 def fault_scores(engine, monkeypatch):
-    fetch, opening = engine.scorer._found, engine.scorer.spec.opening(FAULTY.problem)
-    monkeypatch.setattr(engine.scorer, "_found", lambda begun: {
-        node: torch.inf if begun.runs[node].context.opening == opening else score for node, score in fetch(begun).items()})  # fmt: skip
+    found, opening = engine.scorer._found, engine.scorer.spec.opening(FAULTY.problem)
+
+    def faulty(begun):
+        return {node: torch.inf if begun.runs[node].context.opening == opening else score for node, score in found(begun).items()}
+
+    monkeypatch.setattr(engine.scorer, "_found", faulty)
 
 
 def fault_grader(engine, monkeypatch, error=None):

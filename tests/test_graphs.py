@@ -283,7 +283,7 @@ def test_searches_in_a_small_pool_are_the_same_on_end(models):
     method = make_method("beam", n=8, max_steps=5)
     blocks = 26 * sum(runner.block_bytes for runner in engine_of(models, on_end=False).runners)
     engines = [engine_of(models, on_end=on_end, kv_bytes=kv) for on_end, kv in ((False, LIMITS["kv_bytes"]), (True, blocks))]
-    engines[1].admission.expected = lambda *asked: 0  # all at once
+    engines[1].admission.expected = lambda *asked: [0, 0]  # all at once
     roomy, tight = (essence(engine.search(PROBLEMS, method, seed=1)) for engine in engines)
     assert tight == roomy and engines[1].policy.preemptions > 0
     assert {TICKS, 1} <= set(engines[1].policy.graphs.begun)
@@ -345,6 +345,24 @@ def interrupted_after(ticks, engine):
         tick()
 
     return tick_or_stop
+
+
+@pytest.mark.parametrize("verb", ["plan", "start"])
+def test_memory_that_does_not_suffice_for_ticks_on_end_lowers_the_rows_and_nothing_else(models, verb):
+    method = make_method("beam", n=8, max_steps=5)
+    engine, fresh = (engine_of(models, on_end=True) for _ in range(2))
+    whole, calls, failed = getattr(engine.policy.graphs, verb), iter(range(1 << 20)), []
+
+    def failing(*given):
+        if next(calls) % 3 == 1 and len(engine.policy._rows) > 1:
+            failed.append(len(engine.policy._rows))
+            raise MemoryError
+        return whole(*given)
+
+    setattr(engine.policy.graphs, verb, failing)
+    assert essence(engine.search(PROBLEMS, method, seed=1)) == essence(fresh.search(PROBLEMS, method, seed=1))
+    assert len(failed) > 3
+    assert_nothing_held(engine)
 
 
 @pytest.mark.parametrize("verb", ["plan", "start", "finish"])

@@ -119,6 +119,9 @@ class Policy:
         try:
             if leaving and ticks > COVER:
                 self._start(COVER)
+        except BaseException as error:
+            if not out_of_memory(error):
+                raise
         finally:
             self._leave(leaving)
         if self._under_way:
