@@ -45,7 +45,7 @@ FAULTS = [
           "PinGuard guard(*this, parent);", "PinGuard guard(*this, kNone);",
           "tests/kv/test_tree.py::test_an_idle_parent_survives_the_room_made_for_its_child"),
     Fault("the newest node evicted first", "csrc/kv_tree.cpp",
-          "node.last_use = ++clock_;", "node.last_use = -++clock_;",
+          "node.last_use = time;", "node.last_use = -time;",
           "tests/kv/test_tree.py::test_eviction_goes_leaf_first_and_oldest_first"),
     Fault("a score stored on the first step of its path", "tts_engine/prm/scorer.py",
           "                context.scores[number] = score", "                context.scores[reading.path[1]] = score",

@@ -13,6 +13,10 @@ from packaging.utils import canonicalize_name
 
 import tts_engine
 
+sys.path.append(str(Path(__file__).parent))  # for the faults, which are no test
+
+import faults  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#")
@@ -91,3 +95,11 @@ def test_constraints_satisfy_the_bounds_of_the_package():
 def test_every_package_is_pinned_by_name_and_version_alone():
     for name, version in PINS.items():
         assert re.fullmatch(r"[\w.-]+", name) and re.fullmatch(r"[\w.]+", version), f"{name}=={version}"
+
+
+@pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_that_is_to_be_planted_has_its_one_place(fault):
+    """`make faults` takes a quarter of an hour: that it can be done at all is seen here."""
+    assert (ROOT / fault.file).read_text(encoding="utf-8").count(fault.old) == 1 and fault.new != fault.old
+    file, _, test = fault.test.partition("::")
+    assert not test or f"def {test}(" in (ROOT / file).read_text(encoding="utf-8")
