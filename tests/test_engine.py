@@ -729,29 +729,33 @@ def test_a_problem_of_which_one_row_is_too_much_for_the_memory_ends_and_the_othe
 
 # Law 7 wherever it is interrupted, and under everything at once.
 
-CLOSING = {"_abandon", "abandon", "start_over", "close"}  # who interrupts these, interrupts the second time
+CLOSING = {"_abandon", "abandon", "_clear", "start_over", "close"}  # who interrupts these, interrupts the second time
+
+
+def interrupt(line: int, spared: set[str]) -> None:
+    """KeyboardInterrupt before the line-th line from here on that the package runs, but in what functions of these names do."""
+    lines, top = count(), str(Path(tts_engine.__file__).parent)
+
+    def local(frame, event, _):
+        if event == "line" and next(lines) >= line and not within(frame):
+            raise KeyboardInterrupt  # and nothing is traced any longer
+        return local
+
+    def within(frame):
+        while frame is not None and frame.f_code.co_filename.startswith(top):
+            if frame.f_code.co_name in spared:
+                return True
+            frame = frame.f_back
+        return False
+
+    sys.settrace(lambda frame, event, _: local if frame.f_code.co_filename.startswith(top) else None)
 
 
 @contextmanager
 def interrupted_at(line):
     """KeyboardInterrupt before the line-th line that the package runs, as Ctrl-C raises it between any two."""
-    lines, top = count(), str(Path(tts_engine.__file__).parent)
-
-    def local(frame, event, _):
-        if event == "line" and next(lines) >= line and not closing(frame):
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return local
-
-    def closing(frame):
-        while frame is not None and frame.f_code.co_filename.startswith(top):
-            if frame.f_code.co_name in CLOSING:
-                return True
-            frame = frame.f_back
-        return False
-
     before = sys.gettrace()
-    sys.settrace(lambda frame, event, _: local if frame.f_code.co_filename.startswith(top) else None)
+    interrupt(line, CLOSING)
     try:
         yield
     finally:
@@ -769,6 +773,36 @@ def test_an_interrupt_between_any_two_lines_leaves_no_lease(models, alone, monke
             engine.search(PROBLEMS[:2], method, seed=3)
         assert_at_rest(engine, interrupted=True)
     assert essence(engine.search(PROBLEMS[0], method, seed=3)[0]) == essence(alone[method])
+
+
+@pytest.mark.parametrize("late_scores", [False, True], ids=["", "late"])
+def test_interrupts_while_the_first_is_cleared_up_cost_the_next_search_nothing(models, alone, late, soak, late_scores):
+    if late_scores:
+        late()
+    rng, met = random.Random(soak), Counter()
+    engine = load(models, deterministic=True, max_rows=12, kv_bytes=tiny_pool(models, 40))
+    abandon = engine._abandon
+
+    def second(search):
+        engine._clear = third
+        interrupt(rng.randrange(60), set())
+        abandon(search)
+
+    def third():
+        met["cleared up"] += 1
+        del engine._clear
+        interrupt(rng.randrange(8), set())
+        engine._clear()
+
+    engine._abandon = second
+    for _ in range(20 * soak):
+        with pytest.raises(KeyboardInterrupt), interrupted_at(rng.randrange(15_000)):
+            engine.search(PROBLEMS[:2], STEP_METHODS[1], seed=3)
+        met["left"] += engine.policy.busy or engine.scorer.busy
+    engine._abandon = abandon
+    assert min(met["cleared up"], met["left"]) > 0
+    assert essence(engine.search(PROBLEMS[0], STEP_METHODS[1], seed=3)[0]) == essence(alone[STEP_METHODS[1]])
+    assert_at_rest(engine, interrupted=True)
 
 
 @dataclass

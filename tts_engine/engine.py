@@ -184,6 +184,7 @@ class Engine:
         if (newest := self._newest()) is not None and getgeneratorstate(newest) != GEN_CLOSED:
             raise EngineError("this engine is searching already: exhaust or close that iterator first, or make a second engine")
         [self._newest] = own
+        self._clear()
         waiting, running, watch = deque(prepared), list[_Search](), Stopwatch()
         budget = method.shared_budget if isinstance(method, Adaptive) else None
         allocation = Allocation(budget) if budget is not None else None
@@ -230,12 +231,19 @@ class Engine:
                             for other in running:
                                 other.started += away
         finally:
-            for search in running:
-                self._abandon(search)
-            for runner in self.runners:
-                counts = runner.tree.counts()
-                if counts.filling or counts.pinned:  # an interrupt came where nobody noted yet whose they are
-                    runner.start_over()
+            try:
+                for search in running:
+                    self._abandon(search)
+            finally:
+                self._clear()
+
+    def _clear(self) -> None:
+        """See that nothing is held or waits: an interrupt may have come where nobody noted yet what, or while that was given up."""
+        for model in (self.policy, self.scorer):
+            if model is not None:
+                counts = model.runner.tree.counts()
+                if model.busy or counts.filling or counts.pinned:
+                    model.start_over()
 
     @contextmanager
     def _on_its_own(self, problem: Problem, failed: Failed | None, running: list[_Search]) -> Iterator[None]:

@@ -137,6 +137,12 @@ class DecodeGraphs:
         return Drawn(tokens=host["tokens"][:ticks, :num_rows].copy(),
                      **{name: host[name][:num_rows].copy() for name in RESULTS[:-1]})  # fmt: skip
 
+    def abandon(self) -> None:
+        """Wait for whatever was started, which is nobody's any more."""
+        if self._captures:
+            torch.cuda.synchronize(self._device)
+        self._under_way = None
+
     def _forget(self) -> None:
         """What was captured, if anything."""
         self._buckets: dict[int, _Bucket] = {}

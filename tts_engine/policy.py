@@ -46,10 +46,15 @@ class Policy:
         self.preemptions = 0
         self.more_room: Callable[[], bool] = lambda: False  # asked before a draw that was asked for is preempted
         self.accounts = PolicyAccounts(runner)
-        self._waiting: deque[OpenDraw] = deque()
-        self._rows = Rows[OpenDraw](max_rows)
-        self._guesses = Guesses(self._rows, runner.tree, runner.decoder.device.type, seat=self._seat, leave=self._withdraw)
         self._samplings: dict[Sampling, int] = {}
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Without a draw."""
+        tree, device = self.runner.tree, self.runner.decoder.device.type
+        self._waiting = deque[OpenDraw]()
+        self._rows = Rows[OpenDraw](self._most_rows)
+        self._guesses = Guesses(self._rows, tree, device, seat=self._seat, leave=self._withdraw)
         self._under_way = 0  # ticks that the graphs were told to do
         self._seated = False  # the last forward was read by draws that it seated
 
@@ -107,6 +112,15 @@ class Policy:
             self.runner.tree.release(lease)
         self._rows.keep([row.context is not context for row in self._rows.owners])
         self._guesses.abandon(context)
+        if not self._rows:
+            self._finish()
+
+    def start_over(self) -> None:
+        """Forget every draw and all that was computed: for where an interrupt left what nobody knows of any more."""
+        if self.graphs is not None:
+            self.graphs.abandon()
+        self.runner.start_over()
+        self._begin_anew()
 
     def tick(self) -> None:
         """Admit what fits, run one forward, draw one token a row, close the steps that ended.

@@ -105,6 +105,10 @@ class Scorer:
     def __init__(self, runner: ModelRunner, spec: PRMSpec, head: Callable[[Tensor], Tensor], *, head_flops: int) -> None:
         """head: hidden states [R, d] -> scores float32 [R]; head_flops: its cost for one of them."""
         self.runner, self.spec, self.head, self.head_flops = runner, spec, head, head_flops
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """With nothing to be read."""
         self._asked: dict[_Reading, None] = {}  # oldest first
         self._offered: dict[_Reading, None] = {}
         self._max_tokens = MAX_TOKENS
@@ -121,6 +125,11 @@ class Scorer:
     def ready(self) -> bool:
         """Whether they are there."""
         return self._begun is not None and (self._begun.done is None or self._begun.done.query())
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is still to be read, or is being read."""
+        return bool(self._asked or self._offered) or self.under_way
 
     @property
     def num_open(self) -> int:
@@ -182,6 +191,11 @@ class Scorer:
         self._num_tokens = sum(len(reading.ids[-1]) for reading in chain(self._asked, self._offered))
         self._num_open = sum(len(reading.waiting) for reading in self._asked)
         context.readings.clear()
+
+    def start_over(self) -> None:
+        """Forget whatever is to be read and all that was read: for where an interrupt left what nobody knows of any more."""
+        self.runner.start_over()
+        self._begin_anew()
 
     def tick(self) -> None:
         """`start` and `finish`."""
