@@ -4,6 +4,7 @@ A guess is a row like others, whose draw is exactly the one that would be asked 
 gives way to whatever was.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from .draws import Batch, DrawContext, OpenDraw
@@ -48,11 +49,11 @@ class Guesses:
         more rows than so many in all, and no more tokens read for them."""
         for context, round in self.rounds:
             round.look(context.score_of)
-            if round.over or not round.kept:
+            if round.over or not round.entries:
                 continue
             made = {row.draw.identity: row for row in self.rows if row.round is round}
-            likely = [draw for child in round.kept
-                      for draw in context.driver.foreseen(child, round.lane, round.outlook.width)]  # fmt: skip
+            likely = [draw for child, count in Counter(round.entries).items()
+                      for draw in context.driver.foreseen(child, round.lane, count)]  # fmt: skip
             self.drop([made.pop(identity) for identity in made.keys() - {draw.identity for draw in likely}])
             idle = round.num_draws - round.num_open - sum(row.lease != NO_NODE for row in made.values())
             for draw in likely:

@@ -81,7 +81,7 @@ class Policy:
     def submit(self, context: DrawContext, ask: Ask) -> None:
         """Take an Expand; it is answered through the context's driver during some tick, or at once where all of it was guessed."""
         answer = Answer(context.driver, ask)
-        if self.speculate and ask.round is not None and ask.round.outlook.kept is not None:
+        if self.speculate and ask.round is not None and ask.round.outlook.entries is not None:
             self._guesses.rounds.append((context, ask.round))
         guesses = {row.draw.identity: row for row in self._guesses.rows if row.context is context}
         for place, draw in enumerate(ask.draws):

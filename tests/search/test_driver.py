@@ -169,7 +169,7 @@ def test_draws_are_foreseen_as_they_will_be_asked_for():
 
 
 def test_a_round_knows_whose_scores_are_missing_and_when_it_is_over():
-    outlook = Outlook(lambda child: child.draw != 3, lambda scored: sorted(scored, key=lambda child: -child.score)[:1], 2)
+    outlook = Outlook(lambda child: child.draw != 3, lambda scored: sorted(scored, key=lambda child: -child.score)[:1])
 
     def program():
         children = yield Expand([ROOT] * 4, outlook=outlook)
@@ -187,7 +187,7 @@ def test_a_round_knows_whose_scores_are_missing_and_when_it_is_over():
     for draw, score, best in ((1, 0.25, 1), (0, 0.5, 0), (2, 0.3, 0)):
         scores[draw] = score
         round.look(lambda child: scores.get(child.draw))
-        assert [(child.draw, child.score) for child in round.kept] == [(best, scores[best])]
+        assert [(child.draw, child.score) for child in round.entries] == [(best, scores[best])]
     assert not round.unread and not round.over
     driver.answer(ask, children)
     assert round.over and driver.asks()[0].round is None

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
@@ -129,7 +130,7 @@ def test_how_many_branches_are_voted(seed, n, rules):
 
 
 @pytest.mark.parametrize("rules", ["paper", "sal", {"finished": "hold"}], ids=str)
-@pytest.mark.parametrize("name", ["beam", "dvts"])
+@pytest.mark.parametrize("name", ["beam", "dvts", "rebase"])
 def test_who_is_kept_of_a_round_that_is_read_is_who_is_expanded_next(name, rules):
     settings = {"rules": rules} if isinstance(rules, str) else rules
     policy, prm, checked = random_policy(5, letters="abcdefghijklmnop"), random_prm(5, levels=1000), 0
@@ -150,7 +151,7 @@ def test_who_is_kept_of_a_round_that_is_read_is_who_is_expanded_next(name, rules
             for child in children:
                 driver.close_step(ask, child)
             ask.round.look(prm)
-            foreseen[ask.round.lane] = [draw.identity for child in ask.round.kept
-                                        for draw in driver.foreseen(child, ask.round.lane, method.width)]  # fmt: skip
+            foreseen[ask.round.lane] = [draw.identity for child, count in Counter(ask.round.entries).items()
+                                        for draw in driver.foreseen(child, ask.round.lane, count)]  # fmt: skip
             driver.answer(ask, children)
     assert checked > 3 and not any(foreseen.values())

@@ -36,11 +36,12 @@ class BeamSearch:
         survivors = self.n // self.width
         entries, finished = [root] * self.n, list[Branch]()
 
-        def kept(candidates: list[Branch]) -> list[Branch]:
-            return self.rules.select(candidates, finished, survivors)[0]
+        def ahead(candidates: list[Branch]) -> list[Branch]:
+            live, _ = self.rules.select(candidates, finished, survivors)
+            return repeat(live, [self.width] * len(live))
 
         while entries:
-            children = yield Expand(entries, outlook=self.rules.outlook(kept, self.width, self.max_steps))
+            children = yield Expand(entries, outlook=self.rules.outlook(ahead, self.max_steps))
             candidates = yield Score(self.rules.admit(entries, children, self.max_steps))
             live, finished = self.rules.select(candidates, finished, survivors)
             draws = self.n if self.rules.finished == "refill" else self.width * len(live)

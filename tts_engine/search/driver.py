@@ -12,6 +12,8 @@ from typing import Any, Literal
 from ..branch import Branch, Lane, child_identity
 from .requests import Answers, Expand, Join, Outlook, Program, Score
 
+WORTH = 4  # that part of a round's children are read before the others are there
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Draw:
@@ -34,7 +36,7 @@ class Round:
     num_closed: int = 0
     unread: list[Branch] = field(default_factory=list)  # closed, and to be scored
     scored: list[Branch] = field(default_factory=list)  # with their scores
-    kept: list[Branch] = field(default_factory=list)  # of these, who would be expanded next, the surest first
+    entries: list[Branch] = field(default_factory=list)  # of these, who would be expanded next, the surest first
     over: bool = False
 
     @property
@@ -44,16 +46,16 @@ class Round:
 
     @property
     def worth_reading(self) -> bool:
-        """Whether as many scores are missing as children are still to come, and as children go on."""
-        return 0 < self.num_open <= len(self.unread) >= self.num_draws // max(1, self.outlook.width) and not self.over
+        """Whether as many scores are missing as children are still to come, and enough of them for a forward of their own."""
+        return 0 < self.num_open <= len(self.unread) >= self.num_draws // WORTH and not self.over
 
     def look(self, score_of: Callable[[Branch], float | None]) -> None:
         """See which of the children have scores by now."""
         found = [(child, score_of(child)) for child in self.unread]
         self.unread = [child for child, score in found if score is None]
-        if len(self.unread) < len(found) and self.outlook.kept is not None:
+        if len(self.unread) < len(found) and self.outlook.entries is not None:
             self.scored += [replace(child, score=score) for child, score in found if score is not None]
-            self.kept = self.outlook.kept(self.scored)
+            self.entries = self.outlook.entries(self.scored)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

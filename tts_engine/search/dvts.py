@@ -47,12 +47,12 @@ class Dvts:
         """
         best, siblings = root, list[Branch]()
 
-        def kept(candidates: list[Branch]) -> list[Branch]:
-            return [child for child in top(candidates, 1, self.rules.selects_by) if not child.finished]
+        def ahead(candidates: list[Branch]) -> list[Branch]:
+            return [child for child in top(candidates, 1, self.rules.selects_by) for _ in range(self.width) if not child.finished]
 
         while not best.finished:
             entries = [best] * self.width
-            children = yield Expand(entries, outlook=self.rules.outlook(kept, self.width, self.max_steps))
+            children = yield Expand(entries, outlook=self.rules.outlook(ahead, self.max_steps))
             siblings = yield Score(self.rules.admit(entries, children, self.max_steps))
             best = top(siblings, 1, self.rules.selects_by)[0]
         return siblings

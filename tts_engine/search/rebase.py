@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..branch import Branch
-from .ranking import aggregate, divide, repeat
+from .ranking import aggregate, divide, rank, repeat
 from .requests import Expand, Program, Score
 from .rules import PAPER, MethodError, Rules, check_settings
 from .voting import LAST_VOTE
@@ -43,8 +43,13 @@ class Rebase:
 
     def program(self, root: Branch) -> Program:
         entries, finished = [root] * self.n, list[Branch]()
+
+        def ahead(candidates: list[Branch]) -> list[Branch]:
+            live = rank([branch for branch in candidates if not branch.finished], self.rules.selects_by)
+            return repeat(live, divide(len(live), self._weights(live)))
+
         while entries:
-            children = yield Expand(entries, outlook=self.rules.outlook())
+            children = yield Expand(entries, outlook=self.rules.outlook(ahead, self.max_steps))
             candidates = yield Score(self.rules.admit(entries, children, self.max_steps))
             finished += [branch for branch in candidates if branch.finished]
             live = [branch for branch in candidates if not branch.finished]

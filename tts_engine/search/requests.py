@@ -11,13 +11,12 @@ class Outlook:
     """What becomes of the children of an Expand, as far as that is certain before they are there, so that it can be begun early.
 
     It decides when things are done, never what comes of them. scored: whether a step, as it closed, will be scored: it, or a
-    sibling with the same text. kept: of the children that are there, with their scores, those that would be expanded next if no
-    others came, the surest first; by `width` draws each in this lane, or more.
+    sibling with the same text. entries: of the next Expand in this lane if no children came but those that are there, with their
+    scores; the surest first.
     """
 
     scored: Callable[[Branch], bool]
-    kept: Callable[[list[Branch]], list[Branch]] | None = None
-    width: int = 0
+    entries: Callable[[list[Branch]], list[Branch]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

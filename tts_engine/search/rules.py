@@ -80,17 +80,17 @@ class Rules:
         if not 0 <= self.temperature < float("inf"):
             raise MethodError(f"temperature must be a number of at least 0, not {self.temperature!r}")
 
-    def outlook(self, kept: Callable[[list[Branch]], list[Branch]] | None = None, width: int = 0, max_steps: int = 0) -> Outlook:
-        """What becomes of a round's children: those that `admit` keeps whatever else is drawn are scored. kept, width: which are
-        continued as far as `max_steps` lets them, see Outlook."""
+    def outlook(self, entries: Callable[[list[Branch]], list[Branch]], max_steps: int) -> Outlook:
+        """What becomes of a round's children: those that `admit` keeps whatever else is drawn are scored. entries: who is
+        continued, as far as `max_steps` lets them, see Outlook."""
 
         def scored(child: Branch) -> bool:
             return not (self.drop_truncated and child.finish is Finish.LENGTH)
 
         def continued(children: list[Branch]) -> list[Branch]:
-            return [child for child in kept(children) if child.depth < max_steps] if kept is not None else []
+            return [child for child in entries(children) if child.depth < max_steps]
 
-        return Outlook(scored, continued if kept is not None else None, width)
+        return Outlook(scored, continued)
 
     def admit(self, entries: Sequence[Branch], children: Sequence[Branch], max_steps: int) -> list[Branch]:
         """The candidates of a round: the drawn children (one per entry) without those the rules drop, closed at `max_steps`.
