@@ -98,7 +98,7 @@ TTS_CLONES void silu_times(const float* gate, const float* up, int64_t count, fl
     __builtin_memcpy(&g, gate + i, lanes * sizeof(float));
     __builtin_memcpy(&u, up + i, lanes * sizeof(float));
     const Floats size = g < 0.0f ? g : -g;
-    const Floats power = exp2_of_negative<Floats, Ints>(size * 1.44269504088896341f);  // e^-|g|
+    const Floats power = exp2_of_small<Floats, Ints>(size * 1.44269504088896341f);  // e^-|g|
     const Floats result = g * u * (g < 0.0f ? power : Floats{} + 1.0f) / (1.0f + power);
     __builtin_memcpy(out + i, &result, lanes * sizeof(float));
   }

@@ -1,5 +1,7 @@
 // x86 with AVX-512. What the standard library brings is compiled before the target changes.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cstring>
 #include <limits>

@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kLanes = TTS_LANES, kRows = TTS_BLOCK_ROWS, kVectors = TTS_BLOCK_VECTORS;
 constexpr int kChunk = 64;  // keys that are packed, scored and summed at a time
+constexpr float kSlack = 8;  // powers of 2 by which a score may pass what a row's shares are relative to
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
@@ -55,7 +56,16 @@ inline float total(Floats x) {
   return x[0];
 }
 
-inline Floats exp2(Floats x) { return exp2_of_negative<Floats, Ints>(x); }
+// Is any of x above `limit`?
+inline bool any_above(Floats x, float limit) {
+#if TTS_LANES == 16
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)(Floats{} + limit), _CMP_GT_OQ);
+#else
+  return highest(x) > limit;
+#endif
+}
+
+inline Floats exp2(Floats x) { return exp2_of_small<Floats, Ints>(x); }
 
 // How a tensor's elements become units. Type: what they are stored as; Share: what probabilities are; kPerWord: elements in 32
 // bits as they are stored, which `spread` makes kPerWord / kPerUnit units, a stride apart.
@@ -109,9 +119,8 @@ struct BFloat16 : Float32 {  // once they are packed
     store(to + stride, word & 0xffff0000u);
   }
   static void pack_values(const Type* const* rows, int, int dim, uint32_t* to) {
-    int d = 0;
-    for (; d + kLanes <= dim; d += kLanes) store(to + d, __builtin_convertvector(load<Halves>(rows[0] + d), Words) << 16);
-    for (; d < dim; ++d) to[d] = uint32_t{rows[0][d]} << 16;
+    const Type* const from = rows[0];
+    for (int d = 0; d < dim; ++d) to[d] = uint32_t{from[d]} << 16;
   }
   static void put_scalar(Type* to, float x) { *to = to_bfloat16(x); }
 };
@@ -211,7 +220,7 @@ class Worker {
       const T* from = static_cast<const T*>(call_.q) + plan_.order[item.query + i] * call_.q_stride +
                       static_cast<int64_t>(kv_head) * group_ * dim_;
       uint32_t* to = &queries_[static_cast<size_t>(i) * units];
-      for (int at = 0; at < group_ * dim_; at += E::kPerWord)
+      for (int at = 0, end = group_ * dim_; at < end; at += E::kPerWord)
         E::spread(load<uint32_t>(from + at), to + at / E::kPerUnit, 1);
     }
   }
@@ -244,41 +253,49 @@ class Worker {
     const int64_t offset = static_cast<int64_t>(kv_head) * dim_;
     const T* key_rows[kChunk];
     const T* value_rows[kChunk];
+    const auto at = [&](const void* table, int slot) { return static_cast<const T*>(table) + plan_.slots[slot] * stride + offset; };
     for (int i = 0; i < count; ++i) {
-      const int64_t at = plan_.slots[first + i] * stride + offset;
-      key_rows[i] = static_cast<const T*>(call_.k) + at;
-      value_rows[i] = static_cast<const T*>(call_.v) + at;
+      key_rows[i] = at(call_.k, first + i);
+      value_rows[i] = at(call_.v, first + i);
     }
+    for (int i = count; i % kLanes; ++i) key_rows[i] = key_rows[0];  // nobody sees these
     for (int i = 0; i < count; i += kLanes) {
-      const int lanes = std::min(kLanes, count - i);
       constexpr int kWords = kLanes * E::kPerWord;
-      int at = 0;
-      if (lanes == kLanes)
-        for (; at + kWords <= dim_; at += kWords) transpose(key_rows + i, at, &keys_[static_cast<size_t>(at / E::kPerUnit) * kChunk + i]);
-      for (; at < dim_; at += E::kPerWord) {
-        uint32_t* to = &keys_[static_cast<size_t>(at / E::kPerUnit) * kChunk + i];
-        for (int lane = 0; lane < kLanes; ++lane)
-          E::spread(lane < lanes ? load<uint32_t>(key_rows[i + lane] + at) : 0u, to + lane, kChunk);
+      int d = 0;
+      for (; d + kWords <= dim_; d += kWords) transpose(key_rows + i, d, &keys_[static_cast<size_t>(d / E::kPerUnit) * kChunk + i]);
+      for (; d < dim_; d += E::kPerWord) {
+        uint32_t* to = &keys_[static_cast<size_t>(d / E::kPerUnit) * kChunk + i];
+        for (int lane = 0; lane < kLanes; ++lane) E::spread(load<uint32_t>(key_rows[i + lane] + d), to + lane, kChunk);
       }
     }
     for (int i = 0; i < count; i += E::kPerUnit) {
       uint32_t* to = &values_[static_cast<size_t>(i / E::kPerUnit) * width_];
       E::pack_values(value_rows + i, std::min(E::kPerUnit, count - i), dim_, to);
     }
+    // Mostly, what lies a chunk further on comes next.
+    for (int i = first + kChunk; i < std::min<int>(first + kChunk + count, plan_.slots.size()); ++i)
+      for (int d = 0; d < dim_; d += 64 / sizeof(T)) {
+        __builtin_prefetch(at(call_.k, i) + d);
+        __builtin_prefetch(at(call_.v, i) + d, 0, 2);
+      }
   }
 
   // kLanes x kLanes words, from rows of keys to rows of units: halves of ever larger squares change places.
   static void transpose(const T* const* rows, int at, uint32_t* to) {
     Words x[kLanes];
     for (int i = 0; i < kLanes; ++i) x[i] = load<Words>(rows[i] + at);
-    for (int step = 1; step < kLanes; step *= 2)
+#pragma GCC unroll 4
+    for (int bit = 0; bit < __builtin_ctz(kLanes); ++bit) {
+      const int step = 1 << bit;
+      const Ints lane = lane_numbers(), upper = (lane & step) != 0;  // -1 where true
+#pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i)
         if (!(i & step)) {
-          const Ints lane = lane_numbers(), upper = (lane & step) != 0;  // -1 where true
           const Words a = x[i], b = x[i + step];
           x[i] = __builtin_shuffle(a, b, (Words)(lane + (upper & (kLanes - step))));
           x[i + step] = __builtin_shuffle(a, b, (Words)(lane + step + (upper & (kLanes - step))));
         }
+    }
     for (int i = 0; i < kLanes; ++i) E::spread(x[i], to + i * (E::kPerWord / E::kPerUnit) * kChunk, kChunk);
   }
 
@@ -291,30 +308,28 @@ class Worker {
              (count + E::kPerUnit - 1) / E::kPerUnit, width_ / kLanes, &sums_[static_cast<size_t>(row) * width_], width_, true);
   }
 
-  // Scores of one row to shares relative to its peak so far; what was summed before is brought to that peak.
+  // Scores of one row to shares relative to its peak so far; what was summed before is brought to a new peak only where shares
+  // would become large.
   void weigh(int row, int seen, int vectors, const float* scores, typename E::Share* shares) {
-    const Floats nothing = Floats{} - kInf;
-    Floats x[kChunk / kLanes], top = nothing;
+    Floats x[kChunk / kLanes], top;
     const bool all = seen >= vectors * kLanes;
     for (int j = 0; j < vectors; ++j) {
       x[j] = load<Floats>(scores + j * kLanes);
-      if (!all) x[j] = lane_numbers() + j * kLanes < seen ? x[j] : nothing;
-      top = maximum(top, x[j]);
+      if (!all) x[j] = lane_numbers() + j * kLanes < seen ? x[j] : Floats{} - kInf;
+      top = j ? maximum(top, x[j]) : x[j];
     }
-    const float before = peaks_[row];
-    const float peak = std::max(before, scale_ * highest(top));
-    const float base = peak == -kInf ? 0.0f : peak;
     Floats weight = load<Floats>(&weights_[static_cast<size_t>(row) * kLanes]);
-    if (peak != before) {
-      peaks_[row] = peak;
-      const Floats fade = before == -kInf ? Floats{} : exp2(Floats{} + (before - base));
+    float peak = peaks_[row];
+    if (any_above(top * scale_, peak + kSlack)) {
+      const float before = peak;
+      peaks_[row] = peak = scale_ * highest(top);
+      const Floats fade = exp2(Floats{} + (before - peak));
       weight *= fade;
       float* sum = &sums_[static_cast<size_t>(row) * width_];
       for (int d = 0; d < width_; d += kLanes) store(sum + d, load<Floats>(sum + d) * fade);
     }
     for (int j = 0; j < vectors; ++j) {
-      Floats share = exp2(x[j] * scale_ - base);
-      if (!all) share = lane_numbers() + j * kLanes < seen ? share : Floats{};
+      const Floats share = exp2(x[j] * scale_ - peak);
       weight += share;
       E::put(shares + j * kLanes, share);
     }
@@ -323,7 +338,8 @@ class Worker {
 
   void write(int query, int head, const float* sum, float weight) {
     T* to = static_cast<T*>(call_.out) + (static_cast<int64_t>(plan_.order[query]) * call_.num_heads + head) * dim_;
-    for (int d = 0; d < dim_; ++d) E::put_scalar(to + d, weight == 0 ? 0.0f : sum[d] / weight);
+    weight = weight == 0 ? 1.0f : weight;  // where no key is seen, the sums are 0 too
+    for (int d = 0, dim = dim_; d < dim; ++d) E::put_scalar(to + d, sum[d] / weight);
   }
 
   const TreePlan& plan_;
@@ -331,7 +347,7 @@ class Worker {
   const int group_, dim_, units_, width_;
   const float scale_;  // brings scores to base 2
   std::vector<uint32_t> keys_, values_, queries_;
-  std::vector<float> sums_, weights_, peaks_;  // by row: [D] and [kLanes] not yet divided, and the highest score
+  std::vector<float> sums_, weights_, peaks_;  // by row: [D] and [kLanes] not yet divided, relative to 2^peak
   alignas(64) float scores_[kRows * kChunk];
   alignas(64) typename E::Share shares_[kRows * kChunk];
 };
