@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <new>
 
 #include "tree_attention.h"
 #include "tree_attention_isa.h"
@@ -158,6 +159,19 @@ void times(int rows, const uint32_t* a, int lda, const uint32_t* b, int ldb, int
   if (rows == R) return rows_times<E, R>(a, lda, b, ldb, units, vectors, c, ldc, add);
   if constexpr (R > 1) times<E, R - 1>(rows, a, lda, b, ldb, units, vectors, c, ldc, add);
 }
+
+// Begins where a cache line does, so that no vector lies in two.
+template <class T>
+struct Aligned {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
+  void deallocate(T* at, size_t) { ::operator delete(at, kLine); }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+template <class T>
+using Buffer = std::vector<T, Aligned<T>>;
 
 template <class E>
 class Worker {
@@ -346,8 +360,8 @@ class Worker {
   const AttentionCall& call_;
   const int group_, dim_, units_, width_;
   const float scale_;  // brings scores to base 2
-  std::vector<uint32_t> keys_, values_, queries_;
-  std::vector<float> sums_, weights_, peaks_;  // by row: [D] and [kLanes] not yet divided, relative to 2^peak
+  Buffer<uint32_t> keys_, values_, queries_;
+  Buffer<float> sums_, weights_, peaks_;  // by row: [D] and [kLanes] not yet divided, relative to 2^peak
   alignas(64) float scores_[kRows * kChunk];
   alignas(64) typename E::Share shares_[kRows * kChunk];
 };
