@@ -19,6 +19,7 @@ namespace {
 
 constexpr int kLanes = TTS_LANES, kRows = TTS_BLOCK_ROWS, kVectors = TTS_BLOCK_VECTORS;
 constexpr int kChunk = 64;  // keys that are packed, scored and summed at a time
+constexpr int kBatch = 8 * kRows;  // rows that are scored before any is summed: one after the other, each would wait for its own
 constexpr float kSlack = 8;  // powers of 2 by which a score may pass what a row's shares are relative to
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
@@ -248,11 +249,9 @@ class Worker {
       if (begin >= end) return;
       pack(segment.offset + at, count, kv_head);
       const int first_row = (begin - item.query) * group_, last_row = (end - item.query) * group_;
-      const int blocks = (last_row - first_row + kRows - 1) / kRows;
-      const int even = (last_row - first_row + blocks - 1) / blocks;  // rather 4 and 3 rows than 6 and 1
-      for (int row = first_row; row < last_row; row += even) {
-        const int rows = std::min(even, last_row - row);
-        int seen[kRows];
+      for (int row = first_row; row < last_row; row += kBatch) {
+        const int rows = std::min(kBatch, last_row - row);
+        int seen[kBatch];
         for (int r = 0; r < rows; ++r) {
           const int query = item.query + (row + r) / group_;
           seen[r] = std::min(count, segment.start + 1 + query - segment.lo - at);
@@ -315,11 +314,15 @@ class Worker {
 
   // The packed chunk of `count` keys for rows [row, row + rows), of which row r sees the first seen[r], at least one.
   void absorb(int row, int rows, int count, const int* seen) {
-    const int vectors = (count + kLanes - 1) / kLanes;
-    times<E>(rows, &queries_[static_cast<size_t>(row) * units_], units_, keys_.data(), kChunk, units_, vectors, scores_, kChunk, false);
+    const int vectors = (count + kLanes - 1) / kLanes, units = (count + E::kPerUnit - 1) / E::kPerUnit;
+    const int blocks = (rows + kRows - 1) / kRows, even = (rows + blocks - 1) / blocks;  // rather 4 and 3 rows than 6 and 1
+    for (int r = 0; r < rows; r += even)
+      times<E>(std::min(even, rows - r), &queries_[static_cast<size_t>(row + r) * units_], units_, keys_.data(), kChunk, units_,
+               vectors, scores_ + r * kChunk, kChunk, false);
     for (int r = 0; r < rows; ++r) weigh(row + r, seen[r], vectors, scores_ + r * kChunk, shares_ + r * kChunk);
-    times<E>(rows, reinterpret_cast<const uint32_t*>(shares_), kChunk / E::kPerUnit, values_.data(), width_,
-             (count + E::kPerUnit - 1) / E::kPerUnit, width_ / kLanes, &sums_[static_cast<size_t>(row) * width_], width_, true);
+    for (int r = 0; r < rows; r += even)
+      times<E>(std::min(even, rows - r), reinterpret_cast<const uint32_t*>(shares_ + r * kChunk), kChunk / E::kPerUnit,
+               values_.data(), width_, units, width_ / kLanes, &sums_[static_cast<size_t>(row + r) * width_], width_, true);
   }
 
   // Scores of one row to shares relative to its peak so far; what was summed before is brought to a new peak only where shares
@@ -362,8 +365,8 @@ class Worker {
   const float scale_;  // brings scores to base 2
   Buffer<uint32_t> keys_, values_, queries_;
   Buffer<float> sums_, weights_, peaks_;  // by row: [D] and [kLanes] not yet divided, relative to 2^peak
-  alignas(64) float scores_[kRows * kChunk];
-  alignas(64) typename E::Share shares_[kRows * kChunk];
+  alignas(64) float scores_[kBatch * kChunk];
+  alignas(64) typename E::Share shares_[kBatch * kChunk];
 };
 
 template <class E>
