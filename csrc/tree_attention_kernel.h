@@ -188,11 +188,12 @@ class Worker {
   // One item of one KV head; its partial results go to `partials` [places, H, D + 2] where it has a slot.
   void run(const Item& item, int kv_head, float* partials) {
     const int rows = item.num_queries * group_;
-    load_queries(item, kv_head);
+    kv_head_ = kv_head;
+    load_queries(item);
     sums_.assign(static_cast<size_t>(rows) * width_, 0.0f);
     weights_.assign(static_cast<size_t>(rows) * kLanes, 0.0f);
     peaks_.assign(rows, -kInf);
-    for (int i = 0; i < item.count; ++i) attend(item, plan_.segments[plan_.item_segments[item.first + i]], kv_head);
+    for (int i = 0; i < item.count; ++i) attend(item, plan_.segments[plan_.item_segments[item.first + i]]);
     for (int row = 0; row < rows; ++row) {
       const int query = row / group_, head = kv_head * group_ + row % group_;
       const float weight = total(load<Floats>(&weights_[static_cast<size_t>(row) * kLanes]));
@@ -228,12 +229,12 @@ class Worker {
   }
 
  private:
-  void load_queries(const Item& item, int kv_head) {
+  void load_queries(const Item& item) {
     queries_.resize(static_cast<size_t>(item.num_queries) * group_ * units_);
     const int units = group_ * units_;
     for (int i = 0; i < item.num_queries; ++i) {
       const T* from = static_cast<const T*>(call_.q) + plan_.order[item.query + i] * call_.q_stride +
-                      static_cast<int64_t>(kv_head) * group_ * dim_;
+                      static_cast<int64_t>(kv_head_) * group_ * dim_;
       uint32_t* to = &queries_[static_cast<size_t>(i) * units];
       for (int at = 0, end = group_ * dim_; at < end; at += E::kPerWord)
         E::spread(load<uint32_t>(from + at), to + at / E::kPerUnit, 1);
@@ -241,13 +242,13 @@ class Worker {
   }
 
   // One segment for those of the item's queries that see it.
-  void attend(const Item& item, const Segment& segment, int kv_head) {
+  void attend(const Item& item, const Segment& segment) {
     const int end = std::min(segment.hi, item.query + item.num_queries);
     for (int at = 0; at < segment.len; at += kChunk) {
       const int count = std::min(kChunk, segment.len - at);
       const int begin = std::max(item.query, segment.lo + std::max(0, at - segment.start));
       if (begin >= end) return;
-      pack(segment.offset + at, count, kv_head);
+      pack(segment.offset + at, count);
       const int first_row = (begin - item.query) * group_, last_row = (end - item.query) * group_;
       for (int row = first_row; row < last_row; row += kBatch) {
         const int rows = std::min(kBatch, last_row - row);
@@ -258,18 +259,28 @@ class Worker {
         }
         absorb(row, rows, count, seen);
       }
+      while (next_ < end_) call_for_next();
     }
   }
 
-  void pack(int first, int count, int kv_head) {
-    const int64_t stride = static_cast<int64_t>(call_.num_kv_heads) * dim_;
-    const int64_t offset = static_cast<int64_t>(kv_head) * dim_;
+  // Where the key and the value of the plan's i-th slot begin.
+  int64_t place(int i) const { return (static_cast<int64_t>(plan_.slots[i]) * call_.num_kv_heads + kv_head_) * dim_; }
+
+  // Calls a key into the nearest cache and its value, which is read later, into the one behind.
+  void call_for_next() {
+    const int64_t at = place(next_++);
+    for (int d = 0; d < dim_; d += 64 / sizeof(T)) {
+      __builtin_prefetch(static_cast<const T*>(call_.k) + at + d);
+      __builtin_prefetch(static_cast<const T*>(call_.v) + at + d, 0, 2);
+    }
+  }
+
+  void pack(int first, int count) {
     const T* key_rows[kChunk];
     const T* value_rows[kChunk];
-    const auto at = [&](const void* table, int slot) { return static_cast<const T*>(table) + plan_.slots[slot] * stride + offset; };
     for (int i = 0; i < count; ++i) {
-      key_rows[i] = at(call_.k, first + i);
-      value_rows[i] = at(call_.v, first + i);
+      key_rows[i] = static_cast<const T*>(call_.k) + place(first + i);
+      value_rows[i] = static_cast<const T*>(call_.v) + place(first + i);
     }
     for (int i = count; i % kLanes; ++i) key_rows[i] = key_rows[0];  // nobody sees these
     for (int i = 0; i < count; i += kLanes) {
@@ -285,12 +296,8 @@ class Worker {
       uint32_t* to = &values_[static_cast<size_t>(i / E::kPerUnit) * width_];
       E::pack_values(value_rows + i, std::min(E::kPerUnit, count - i), dim_, to);
     }
-    // Mostly, what lies a chunk further on comes next.
-    for (int i = first + kChunk; i < std::min<int>(first + kChunk + count, plan_.slots.size()); ++i)
-      for (int d = 0; d < dim_; d += 64 / sizeof(T)) {
-        __builtin_prefetch(at(call_.k, i) + d);
-        __builtin_prefetch(at(call_.v, i) + d, 0, 2);
-      }
+    next_ = first + kChunk;
+    end_ = std::min<int>(next_ + count, plan_.slots.size());
   }
 
   // kLanes x kLanes words, from rows of keys to rows of units: halves of ever larger squares change places.
@@ -319,7 +326,10 @@ class Worker {
     for (int r = 0; r < rows; r += even)
       times<E>(std::min(even, rows - r), &queries_[static_cast<size_t>(row + r) * units_], units_, keys_.data(), kChunk, units_,
                vectors, scores_ + r * kChunk, kChunk, false);
-    for (int r = 0; r < rows; ++r) weigh(row + r, seen[r], vectors, scores_ + r * kChunk, shares_ + r * kChunk);
+    for (int r = 0; r < rows; ++r) {
+      if (next_ < end_) call_for_next();  // one at a time: no more than some are ever on their way
+      weigh(row + r, seen[r], vectors, scores_ + r * kChunk, shares_ + r * kChunk);
+    }
     for (int r = 0; r < rows; r += even)
       times<E>(std::min(even, rows - r), reinterpret_cast<const uint32_t*>(shares_ + r * kChunk), kChunk / E::kPerUnit,
                values_.data(), width_, units, width_ / kLanes, &sums_[static_cast<size_t>(row + r) * width_], width_, true);
@@ -363,6 +373,8 @@ class Worker {
   const AttentionCall& call_;
   const int group_, dim_, units_, width_;
   const float scale_;  // brings scores to base 2
+  int kv_head_ = 0;         // of the item at hand
+  int next_ = 0, end_ = 0;  // slots of the plan whose keys are to be called for: those a chunk further on, mostly the next
   Buffer<uint32_t> keys_, values_, queries_;
   Buffer<float> sums_, weights_, peaks_;  // by row: [D] and [kLanes] not yet divided, relative to 2^peak
   alignas(64) float scores_[kBatch * kChunk];
