@@ -181,7 +181,7 @@ FAULTS = [
           "            self.runner.tree.release(lease)\n        self._rows.keep", "            pass\n        self._rows.keep",
           "tests/test_engine.py::test_what_goes_wrong_in_one_problem_ends_that_problem_and_no_other"),
     Fault("every search begun at once", "tts_engine/engine.py",
-          " and expected <= self.budget.num_bytes", "",
+          " <= self.budget.num_bytes", " >= 0",
           "tests/test_engine.py::test_no_more_searches_are_under_way_than_keep_what_they_need"),
     Fault("a pool resized under a PRM that reads", "tts_engine/engine.py",
           "return not self.policy.under_way and not (self.scorer is not None and self.scorer.under_way)",

@@ -206,7 +206,8 @@ class Engine:
                     watch.share(self._ticked, len(running))
                 for search in list(running):
                     try:  # at every tick, for every search: no context manager
-                        self._pass_on(search)
+                        if search.driver.stirred:
+                            self._pass_on(search)
                         self._refuse_if_late(search)
                     except Exception as error:
                         self._end(search.problem, error, failed, running)
@@ -273,8 +274,9 @@ class Engine:
         way need too."""
         if _all_held(running):
             return True
-        expected = sum(self._expected_of_all(running)) + sum(self._expected(prepared))
-        return self.policy.num_open < self.config.max_rows and expected <= self.budget.num_bytes
+        if self.policy.num_open >= self.config.max_rows:
+            return False
+        return sum(self._expected_of_all(running)) + sum(self._expected(prepared)) <= self.budget.num_bytes
 
     def _expected_of_all(self, running: list[_Search]) -> list[int]:
         """Bytes of keys and values that the searches under way will come to, the policy's first; not of those that are held."""
@@ -329,8 +331,8 @@ class Engine:
 
     def _pass_on(self, search: _Search) -> None:
         """Hand on what closed and what a program asks, until it waits for a model or is done."""
-        while any(news := (search.driver.arrived(), search.driver.asks())):
-            arrived, asks = news
+        while search.driver.stirred:
+            arrived, asks = search.driver.arrived(), search.driver.asks()
             for branch in arrived:
                 assert self.scorer is not None and search.scoring is not None, "stream() refuses a method that lacks its PRM"
                 self.scorer.offer(search.scoring, branch)

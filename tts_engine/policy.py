@@ -328,9 +328,11 @@ class Policy:
 
     def _append(self, tokens: np.ndarray) -> None:
         """Add a token to each row; rows whose step ended leave, the others get room for what comes, or are preempted."""
-        if (no_token := tokens == NO_TOKEN).any():
-            tokens = tokens[self._rid_of_faults(no_token)]
-        for row, token in zip(self._rows.owners, tokens.tolist(), strict=True):
+        newest = tokens.tolist()
+        if NO_TOKEN in newest:
+            tokens = tokens[self._rid_of_faults(tokens == NO_TOKEN)]
+            newest = tokens.tolist()
+        for row, token in zip(self._rows.owners, newest, strict=True):
             row.tokens.append(token)
         change = self._rows.append(tokens, self.rule, self.runner.tree)
         if change.parted:

@@ -18,6 +18,10 @@ def numbers(rounds):
     return [[(d.lane, d.draw) for d in expanded.draws] for r in rounds for expanded in r]
 
 
+def one_step():
+    return (yield Expand([ROOT]))
+
+
 def test_each_entry_is_its_parents_next_draw_and_a_second_visit_draws_anew():
     def program():
         first = yield Expand([ROOT, ROOT])
@@ -89,7 +93,9 @@ def test_programs_of_a_join_go_on_without_waiting_for_each_other():
     driver = Driver(program())
     one, three = driver.asks()
     for _ in range(3):
+        assert not driver.stirred
         driver.answer(three, children_of(three))
+        assert driver.stirred  # though the last time nothing is asked: a program has returned
         new = driver.asks()
         three = new[0] if new else None
     assert three is None and not driver.done
@@ -122,8 +128,10 @@ def test_a_step_that_will_be_scored_is_told_when_it_closes_and_once():
     (ask,) = driver.asks()
     kept, cut = children_of(ask)[0], children_of(ask, Finish.LENGTH)[1]
     driver.close_step(ask, kept)
-    assert driver.arrived() == [kept] and driver.arrived() == []
+    assert driver.stirred and driver.arrived() == [kept] and driver.arrived() == []
+    assert driver.asks() == [] and not driver.stirred
     driver.close_step(ask, cut)
+    assert not driver.stirred
     driver.answer(ask, [kept, cut])
     (ask,) = driver.asks()
     driver.close_step(ask, children_of(ask)[0])  # nothing is said of what becomes of it
@@ -242,6 +250,15 @@ def test_wrong_answers_are_caught():
     (ask,) = driver.asks()
     with pytest.raises(AssertionError, match="without a score"):
         driver.answer(ask, children)
+
+
+def test_a_failure_is_something_that_happened():
+    driver = Driver(one_step())
+    driver.asks()
+    driver.fail(ValueError("no"))
+    assert driver.stirred
+    with pytest.raises(ValueError, match="no"):
+        driver.asks()
 
 
 def test_an_unfinished_trajectory_is_not_an_answer_to_to_end():

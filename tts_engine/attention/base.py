@@ -52,9 +52,9 @@ class BatchLayout:
         return (
             self.version == version
             and len(self.rows) == len(rows) == len(self.write_slots)
-            and np.array_equal(self.rows, rows)
-            and np.array_equal(self.starts, ends)
-            and np.array_equal(self.ends, ends + 1)
+            and self.rows.tobytes() == rows.tobytes()
+            and self.starts.tobytes() == ends.tobytes()
+            and self.ends.tobytes() == (ends + 1).tobytes()
         )
 
     def only(self, read_at: np.ndarray) -> "BatchLayout":

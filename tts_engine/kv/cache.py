@@ -17,6 +17,7 @@ class KVCache:
                  dtype: torch.dtype, device: torch.device | str = "cpu") -> None:  # fmt: skip
         shape = (num_blocks * block_size, num_kv_heads, head_dim)
         self.num_blocks, self.block_size, self.num_kv_heads, self.dtype = num_blocks, block_size, num_kv_heads, dtype
+        self.block_bytes = 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize  # of all layers
         self.k, self.v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)] for _ in "kv")
         self.version = 0
 
@@ -28,11 +29,6 @@ class KVCache:
     @property
     def num_slots(self) -> int:
         return self.num_blocks * self.block_size
-
-    @property
-    def block_bytes(self) -> int:
-        """Of all layers."""
-        return 2 * len(self.k) * self.block_size * self.k[0][0].numel() * self.dtype.itemsize
 
     @property
     def num_bytes(self) -> int:

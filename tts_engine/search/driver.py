@@ -111,6 +111,7 @@ class Driver:
         self._open: list[_Run] = []
         self._result: list[Branch] | None = None
         self.failure: Exception | None = None  # why the search cannot go on
+        self.stirred = True  # something has happened since `asks` was called
         self._advance(self._opened(program), None)
 
     @property
@@ -127,7 +128,7 @@ class Driver:
         """What was asked since the last call, in the order asked; each is answered exactly once. Raises why the search failed."""
         if self.failure is not None:
             raise self.failure
-        asks, self._new = self._new, []
+        asks, self._new, self.stirred = self._new, [], False
         return asks
 
     def arrived(self) -> list[Branch]:
@@ -142,6 +143,7 @@ class Driver:
             if ask.round.outlook.scored(step):
                 ask.round.unread.append(step)
                 self._arrived.append(step)
+                self.stirred = True
 
     def answer(self, ask: Ask, branches: Sequence[Branch]) -> None:
         """Let the program that waits for `ask` go on: one branch per draw, or per branch to be scored, in the same order; none
@@ -175,7 +177,7 @@ class Driver:
 
     def fail(self, error: Exception) -> None:
         """Say that the search cannot go on: `asks` raises the first of such errors, and what is resumed later changes nothing."""
-        self.failure = self.failure or error
+        self.failure, self.stirred = self.failure or error, True
 
     def close(self) -> None:
         """Abandon the search: close every generator under way, callees first. A finished search is left as it is."""
@@ -187,6 +189,7 @@ class Driver:
 
     def _advance(self, run: _Run, value: list[Any] | None) -> None:
         """Resume `run` with `value` and whatever can go on because of it, first sub-program first, until all wait."""
+        self.stirred = True
         ready: list[tuple[_Run, list[Any] | None]] = [(run, value)]
         while ready:
             run, value = ready.pop()
