@@ -41,8 +41,8 @@ uint64_t child_key(int64_t parent, const Tokens& tokens) {
 // Calls run(first slot, count) for the stretches of consecutive slots that hold tokens [start, end) of `blocks`.
 template <class Run>
 void for_runs(const Blocks& blocks, int64_t block_size, int64_t start, int64_t end, Run run) {
-  while (start < end) {
-    const int64_t block = start / block_size, offset = start % block_size;
+  int64_t block = start / block_size, offset = start % block_size;
+  for (; start < end; ++block, offset = 0) {
     const int64_t count = std::min(block_size - offset, end - start);
     run(blocks[block] * block_size + offset, count);
     start += count;
@@ -410,6 +410,7 @@ Forest KVTree::forest(const int64_t* handles, const bool* is_lease, const int32_
   Forest found;
   std::vector<const Blocks*> blocks;
   std::vector<int64_t> nodes, above;
+  found.node.reserve(num_rows);
   const auto add = [&](int32_t parent, int64_t len, const Blocks& its_blocks) {
     found.parent.push_back(parent);
     found.len.push_back(static_cast<int32_t>(len));
@@ -442,6 +443,7 @@ Forest KVTree::forest(const int64_t* handles, const bool* is_lease, const int32_
   }
   found.slots.resize(std::accumulate(found.len.begin(), found.len.end(), size_t{0}));
   int32_t* at = found.slots.data();
+  found.first.reserve(blocks.size());
   for (size_t i = 0; i < blocks.size(); ++i) {
     found.first.push_back(static_cast<int32_t>(at - found.slots.data()));
     for_runs(*blocks[i], block_size_, 0, found.len[i], [&](int64_t slot, int64_t count) {
@@ -472,6 +474,10 @@ void KVTree::write_slots(const int64_t* handles, const bool* is_lease, const int
 Places KVTree::lay_out(const int64_t* handles, const bool* is_lease, const int32_t* starts, const int32_t* counts,
                        const int32_t* path_starts, size_t num_rows) const {
   Places places;
+  places.row_starts.reserve(num_rows + 1);
+  places.ends.reserve(num_rows);
+  places.lens.reserve(num_rows);
+  places.positions.reserve(num_rows);
   places.row_starts.push_back(0);
   for (size_t b = 0; b < num_rows; ++b) {
     places.row_starts.push_back(places.row_starts.back() + counts[b]);

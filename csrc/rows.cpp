@@ -24,8 +24,11 @@ std::pair<Columns, Reads> Rows::follow(const std::vector<Run>& runs, const std::
   read.erase(std::unique(read.begin(), read.end()), read.end());
   if (!read.empty() && (read.front() < 0 || read.back() >= static_cast<int64_t>(runs.size())))
     throw std::invalid_argument("a row draws behind a run that is not there");
-  Columns columns;
+  Columns columns(runs.size() + num_rows);
   Reads reads;
+  ends.reserve(runs.size() + num_rows);
+  reads.tokens.reserve(read.size() + num_rows);
+  reads.sources.reserve(num_rows + sources.size());
   const auto add = [&](int64_t handle, bool is_lease, int32_t start, int32_t path_start, const int64_t* tokens, size_t count) {
     columns.handles.push_back(handle);
     columns.is_lease.push_back(is_lease);
@@ -55,7 +58,7 @@ std::pair<Columns, Reads> Rows::follow(const std::vector<Run>& runs, const std::
 
 Draws Rows::draws(int32_t sampling, const int64_t* sources, size_t num_rows) const {
   refuse_unless_there(num_rows, records_);
-  Draws found;
+  Draws found(num_rows);
   for (size_t i = 0; i < num_rows; ++i) {
     const Row& row = records_[i];
     if (row.sampling != sampling) continue;
@@ -133,6 +136,7 @@ std::vector<int64_t> Rows::leases(size_t num_rows) const {
   refuse_unless_there(num_rows, records_);
   const std::vector<int32_t> first = firsts(num_rows);
   std::vector<int64_t> found;
+  found.reserve(num_rows);
   for (size_t i = 0; i < num_rows; ++i)
     if (first[i] == static_cast<int32_t>(i)) found.push_back(records_[i].lease);
   return found;

@@ -44,6 +44,15 @@ struct Columns {
   std::vector<bool> is_lease;
   std::vector<int32_t> starts, counts, path_starts;
   std::vector<int64_t> token_ids;
+
+  explicit Columns(size_t most) {  // so many runs
+    handles.reserve(most);
+    is_lease.reserve(most);
+    starts.reserve(most);
+    counts.reserve(most);
+    path_starts.reserve(most);
+    token_ids.reserve(most);
+  }
 };
 
 // The logits that rows draw from: behind which of a batch's tokens they are computed, and each row's among them.
@@ -70,6 +79,14 @@ struct Draws {
   std::vector<uint32_t> keys;  // two of each
   std::vector<uint64_t> identities;
   std::vector<int64_t> positions;
+
+  explicit Draws(size_t most) {
+    rows.reserve(most);
+    sources.reserve(most);
+    keys.reserve(2 * most);
+    identities.reserve(most);
+    positions.reserve(most);
+  }
 };
 
 class Rows {

@@ -80,22 +80,23 @@ float gumbel(uint32_t word) {
 TTS_CLONES float highest(const float* x, int count) {
   Floats tops = Floats{} - std::numeric_limits<float>::infinity();
   Ints unordered = {};
-  int i = 0;
-  for (; i + 16 <= count; i += 16) {
-    Floats here;
-    __builtin_memcpy(&here, x + i, sizeof here);
+  const auto look = [&](Floats here) {
     tops = here > tops ? here : tops;
     unordered |= here != here;
+  };
+  int i = 0;
+  for (Floats here; i + 16 <= count; i += 16) {
+    __builtin_memcpy(&here, x + i, sizeof here);
+    look(here);
   }
-  float top = -std::numeric_limits<float>::infinity();
-  int32_t any = 0;
-  for (int lane = 0; lane < 16; ++lane) {
+  Floats tail = Floats{} - std::numeric_limits<float>::infinity();
+  __builtin_memcpy(&tail, x + i, (count - i) * sizeof(float));
+  look(tail);
+  float top = tops[0];
+  int32_t any = unordered[0];
+  for (int lane = 1; lane < 16; ++lane) {
     top = std::max(top, tops[lane]);
     any |= unordered[lane];
-  }
-  for (; i < count; ++i) {
-    top = std::max(top, x[i]);
-    any |= x[i] != x[i];
   }
   return any ? std::numeric_limits<float>::quiet_NaN() : top;
 }
@@ -179,7 +180,7 @@ std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint3
 
 void sample(const SamplingCall& call, const int64_t* rows, const uint32_t* keys, const uint64_t* identities,
             const int64_t* positions, size_t count, int64_t* tokens, int num_threads) {
-#pragma omp parallel for num_threads(num_threads) if (num_threads > 1) schedule(dynamic)
+#pragma omp parallel for num_threads(num_threads) if (num_threads > 1) schedule(static)
   for (size_t i = 0; i < count; ++i) {
     const Stream stream{{keys[2 * i], keys[2 * i + 1]},
                         static_cast<uint32_t>(positions[i]),

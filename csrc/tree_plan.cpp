@@ -109,6 +109,8 @@ TreePlan::TreePlan(const Forest& forest, const int32_t* starts, const int32_t* r
   std::vector<std::pair<int32_t, bool>> stack;                            // (node, has it been entered?)
   order.reserve(num_queries);
   slots.reserve(forest.slots.size() + (all_single ? num_rows * options.reserve : 0));
+  segments.reserve(num_nodes);
+  zone.reserve(num_nodes);
   leaf.assign(num_rows, kNobody);
   growth = all_single ? options.reserve : 0;
   std::vector<int32_t> first_segment(num_nodes);
