@@ -143,13 +143,14 @@ std::vector<int64_t> Rows::leases(size_t num_rows) const {
 }
 
 std::vector<int32_t> Rows::firsts(size_t num_rows) const {
-  std::vector<std::pair<int64_t, int32_t>> by_lease(num_rows);
-  for (size_t i = 0; i < num_rows; ++i) by_lease[i] = {records_[i].lease, static_cast<int32_t>(i)};
-  std::sort(by_lease.begin(), by_lease.end());
-  std::vector<int32_t> first(num_rows);
+  size_t size = 1;
+  while (size < 2 * num_rows) size *= 2;
+  std::vector<int32_t> found(size, -1), first(num_rows);  // found: by the low bits of a lease, or in the next free place
   for (size_t i = 0; i < num_rows; ++i) {
-    const auto [lease, place] = by_lease[i];
-    first[place] = i && by_lease[i - 1].first == lease ? first[by_lease[i - 1].second] : place;
+    size_t at = records_[i].lease & (size - 1);
+    while (found[at] >= 0 && records_[found[at]].lease != records_[i].lease) at = (at + 1) & (size - 1);
+    if (found[at] < 0) found[at] = static_cast<int32_t>(i);
+    first[i] = found[at];
   }
   return first;
 }

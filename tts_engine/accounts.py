@@ -31,7 +31,7 @@ class PolicyAccounts:
     def charge_runs(self, batch: Batch) -> None:
         """Count what was read of nodes, and one row of logits for each run behind which something is drawn, on the account of the
         first draw there."""
-        computed = list[DistinctStep]()
+        computed: list[DistinctStep] = []
         for missing in batch.missing.values():
             step, start = missing.step, missing.step.start + missing.start
             missing.context.work.add_through(start, step.tokens - missing.start)

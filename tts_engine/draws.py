@@ -42,6 +42,7 @@ class DrawContext:
     steps: DistinctSteps = field(init=False)  # those that closed
     work: Work = field(default_factory=Work)  # done since it was last counted
     ventured: dict[int, int] = field(default_factory=dict)  # by identity of a step: FLOPs behind it for guesses alone
+    sampling_number: int = 0  # the policy's, once it was asked
 
     def __post_init__(self) -> None:
         self.steps = DistinctSteps(self.prompt_tokens)
@@ -88,7 +89,7 @@ class Missing:
 class Batch:
     """What one tick reads for the rows it admits."""
 
-    leases: int = 0  # of all rows
+    leases: int | None = None  # of all rows; counted once one is to begin
     seating: DrawContext | None = None  # that of the newest row
     runs: list[Run] = field(default_factory=list)
     num_tokens: int = 0  # of all runs

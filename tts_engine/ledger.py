@@ -125,7 +125,7 @@ class DistinctSteps:
             step = DistinctStep(parent=above, start=above.start + above.tokens, tokens=len(key), depth=above.depth + 1)
             self._behind[id(above), key] = step
         step.draws += draws
-        if draws:
+        if draws and spared < step.written:
             self._drawn.add_drawn(step.start + spared, step.written - spared)
         self._of[identity] = step
         return step

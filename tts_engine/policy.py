@@ -81,6 +81,7 @@ class Policy:
     def submit(self, context: DrawContext, ask: Ask) -> None:
         """Take an Expand; it is answered through the context's driver during some tick, or at once where all of it was guessed."""
         answer = Answer(context.driver, ask)
+        context.sampling_number = self._samplings.setdefault(context.sampling, len(self._samplings))
         if self.speculate and ask.round is not None and ask.round.outlook.entries is not None:
             self._guesses.rounds.append((context, ask.round))
         guesses = {row.draw.identity: row for row in self._guesses.rows if row.context is context}
@@ -159,8 +160,8 @@ class Policy:
 
     def _admit(self) -> Batch:
         """Seat waiting draws, oldest first, while rows, blocks and the tick's prefill last; what must be read for them."""
-        batch = Batch(leases=len(self._rows.leases))
-        while self._waiting and not (self._rows and batch.num_tokens >= self.max_prefill):
+        batch = Batch()
+        while self._waiting and (batch.num_tokens < self.max_prefill or not self._rows):
             if self._has_places(batch) and self._seat(batch, self._waiting[0]):
                 self._waiting.popleft()
             elif not self._guesses.give_way():
@@ -174,7 +175,7 @@ class Policy:
         """Whether there are rows for the oldest draw that waits, and for those of its search that wait with it: what begins later
         is not read together."""
         free, context = self.max_rows - len(self._rows), self._waiting[0].context
-        if self._reads_together and self._rows and context is not batch.seating:
+        if context is not batch.seating and self._rows and self._reads_together:
             alike = 0
             for row in self._waiting:
                 if row.context is not context or alike > free:
@@ -183,7 +184,7 @@ class Policy:
             if free < alike <= self.max_rows:
                 return False
         batch.seating = context
-        return not self._rows or free > 0
+        return free > 0 or not self._rows
 
     def _seat(self, batch: Batch, row: OpenDraw) -> bool:
         """Give a draw a lease and a place among the rows; False where there is no room for its path or its tokens."""
@@ -200,7 +201,7 @@ class Policy:
             lease=row.lease,
             identity=draw.identity,
             key=context.key,
-            sampling=self._samplings.setdefault(context.sampling, len(self._samplings)),
+            sampling=context.sampling_number,
             path_start=row.path_start,
             length=row.first,
             room=context.limits.step_room(row.path_start - context.prompt_tokens, context.prompt_tokens),
@@ -223,6 +224,8 @@ class Policy:
     def _begin(self, batch: Batch, row: OpenDraw) -> int | None:
         """Give a draw a lease of its own, and the run that it draws behind; None where there is no room."""
         tree, context = self.runner.tree, row.context
+        if batch.leases is None:
+            batch.leases = len(self._rows.leases)
         # Whoever is at work may want another block soon.
         leased = self._lease(row) if not self._rows or tree.has_room(batch.leases + 1) else None
         if leased is None:
@@ -275,7 +278,8 @@ class Policy:
         """Read the batch's runs and the first `decoding` rows; logits float32 [R, V], and int64 [B] which of them is each row's."""
         segments, read_at, sources = self._rows.follow(batch.runs, batch.sources, decoding)
         logits = self.runner.decoder.logits(self.runner.forward(segments, read_at))
-        self._note_read(batch)
+        if batch.runs:
+            self._note_read(batch)
         padding = self.runner.padding(len(segments.token_ids), len(read_at), self.accounts.head_flops)
         self._rows.owners[-1].context.ledger.padding_flops += padding
         return logits, sources

@@ -7,7 +7,7 @@ only on its parent, lane and number, never on the order in which asks are answer
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..branch import Branch, Lane, child_identity
 from .requests import Answers, Expand, Join, Outlook, Program, Score
@@ -15,8 +15,7 @@ from .requests import Answers, Expand, Join, Outlook, Program, Score
 WORTH = 4  # that part of a round's children are read before the others are there
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Draw:
+class Draw(NamedTuple):
     """One step to be drawn after `branch`: its `draw`-th in `lane`. With `to_end`, and then on to the end of the trajectory."""
 
     branch: Branch
@@ -162,7 +161,7 @@ class Driver:
 
         For a draw with `to_end` the caller takes each later step of the trajectory from here too, with the draw's lane.
         """
-        assert not branch.finished, f"a branch that ended with {branch.finish} cannot be expanded"
+        assert branch.finish is None, f"a branch that ended with {branch.finish} cannot be expanded"
         number = self._drawn.get((branch.identity, lane), 0)
         self._drawn[branch.identity, lane] = number + 1
         return Draw(branch, lane, number, child_identity(branch.identity, lane, number), to_end)
