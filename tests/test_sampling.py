@@ -122,6 +122,14 @@ def test_the_fast_sampler_draws_what_the_definition_draws(vocab_size, spread):
             np.testing.assert_array_equal(out, sample_slowly(logits, rows, sampling, keys, identities, positions))
 
 
+def test_columns_may_be_views_and_of_other_integers():
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
+    rows, keys, numbers = np.arange(5), np.tile(np.array([[7, 8]], np.uint32), (5, 1)), np.arange(9, 14)
+    given = Sampling(temperature=0.7), keys, numbers.astype(np.uint64), numbers
+    views = Sampling(temperature=0.7), np.broadcast_to(keys[0], (5, 2)), numbers.astype(np.int32), np.repeat(numbers, 2)[::2]
+    assert sample(logits, rows, *given).tolist() == sample(logits, rows.astype(np.int32), *views).tolist()
+
+
 @pytest.mark.parametrize(
     ("top_k", "top_p", "min_p"),
     [(1, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.3, 0.0), (0, 0.9, 0.0), (5, 0.8, 0.0), (3, 0.95, 0.0), (50, 1.0, 0.0), (0, 1.0, 0.2),

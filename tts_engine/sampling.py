@@ -89,16 +89,16 @@ def sample(logits: Tensor, rows: np.ndarray, sampling: Sampling, keys: np.ndarra
     -1 is drawn from a row that has NaN, +inf or nothing finite. On a CPU a token whose logit is too far below its row's best for
     any 32-bit noise to lift it gets no random number.
     """
+    given = zip((rows, keys, identities, positions), DRAW_DTYPES, strict=True)
+    columns = [np.ascontiguousarray(column, dtype) for column, dtype in given]
     if not logits.is_cpu:
-        given = zip((rows, keys, identities, positions), DRAW_DTYPES, strict=True)
-        return _sample_on_gpu(logits, sampling, [np.ascontiguousarray(column, dtype) for column, dtype in given])
+        return _sample_on_gpu(logits, sampling, columns)
     if sampling.temperature == 0:
         return sample_slowly(logits, rows, sampling, keys, identities, positions)
     if sampling.restricts:
         logits = logits.masked_fill(_restrict(logits / sampling.temperature, sampling).isneginf(), float("-inf"))
     logits = logits.contiguous()
-    draws = rows, keys, identities, positions
-    return _C.sample(logits.data_ptr(), *logits.shape, sampling.temperature, *draws, torch.get_num_threads())
+    return _C.sample(logits.data_ptr(), *logits.shape, sampling.temperature, *columns, torch.get_num_threads())
 
 
 def sample_slowly(logits: Tensor, rows: np.ndarray, sampling: Sampling, keys: np.ndarray, identities: np.ndarray,
