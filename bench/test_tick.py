@@ -81,7 +81,7 @@ def run(engine: Engine, problems, method, patch: pytest.MonkeyPatch, *, every_pa
         watch.part(Driver, "answer", "method")
     watch.part(policy.runner.decoder, "forward", FORWARD)
     watch.part(policy.runner.decoder, "logits", LOGITS)
-    for name in ("submit", "offer", "tick") if scorer is not None else ():
+    for name in ("submit", "offer", "start", "finish") if scorer is not None else ():
         watch.part(scorer, name, PRM)
     engine.search(problems, method)
     return watch.full_ticks()

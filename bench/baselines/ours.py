@@ -17,10 +17,11 @@ class Ours:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.spent = engine, Spent()
         self._watch_kv(engine.policy.runner, "policy_kv_bytes")
-        self._watch_clock(engine.policy, "policy_seconds")
+        self._watch_clock(engine.policy, "tick", "policy_seconds")
         if engine.scorer is not None:
             self._watch_kv(engine.scorer.runner, "prm_kv_bytes")
-            self._watch_clock(engine.scorer, "prm_seconds")
+            for verb in ("start", "finish"):
+                self._watch_clock(engine.scorer, verb, "prm_seconds")
 
     def search(self, task: Task) -> tuple[SearchResult, Spent]:
         """From nothing: no keys and values of an earlier search are there."""
@@ -47,16 +48,16 @@ class Ours:
         counts = runner.tree.counts()
         setattr(self.spent, name, max(getattr(self.spent, name), (counts.filling + counts.pinned) * runner.block_bytes))
 
-    def _watch_clock(self, model, name: str) -> None:
-        tick = model.tick
+    def _watch_clock(self, model, verb: str, name: str) -> None:
+        run = getattr(model, verb)
 
         def watched():
             self._note_kv(model.runner, name.replace("seconds", "kv_bytes"))  # what ticks that are under way have room for
             began = time.perf_counter()
-            tick()
+            run()
             setattr(self.spent, name, getattr(self.spent, name) + time.perf_counter() - began)
 
-        model.tick = watched
+        setattr(model, verb, watched)
 
 
 def read_everything(runner: ModelRunner) -> None:
