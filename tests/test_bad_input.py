@@ -62,7 +62,8 @@ def scored(here, *more, prm="prm"):
 
 
 def evaluated(here, out, *more):
-    models = ["--policy", here / "policy", "--prm", here / "prm"]
+    """Deterministic, so that what is done again comes out as it did beside others."""
+    models = ["--policy", here / "policy", "--prm", here / "prm", "--deterministic"]
     argv = ["eval", *models, "--task", here / "task.jsonl", "--method", "best_of_n", "--n", 2, "--system", "", *SMALL, "--out", out]
     return [str(argument) for argument in (*argv, *more)]
 

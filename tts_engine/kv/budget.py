@@ -2,9 +2,8 @@
 
 The first split is what a roofline model of both phases proposes. From there on it moves with demand, between forwards: to what the
 searches under way are expected to come to, and a part at a time where one model is short of room all the same and the other has
-blocks that nobody needs now. A model never has fewer
-blocks than the searches under way may need for one branch each, so results do not depend on any of it. Knows bytes and pools of
-blocks, neither models nor tensors.
+blocks that nobody needs now. A model never has fewer blocks than the searches under way may need for one branch each, so results do
+not depend on any of it. Knows bytes and pools of blocks, neither models nor tensors.
 
 On a CPU memory is taken as it is written: the budget there is what both models' keys and values may come to, not what they take
 from the start.

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from ..branch import Branch, Lane, child_identity
 from .requests import Answers, Expand, Join, Outlook, Program, Score
 
-WORTH = 4  # that part of a round's children are read before the others are there
+WORTH = 4  # one in so many of a round's children is enough for a forward before the others are there
 
 
 class Draw(NamedTuple):
