@@ -42,8 +42,8 @@ def models(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(capsys):
-    """A command as its user sees it: argv -> (exit code, standard output, standard error)."""
+def run(capfd):
+    """A command as its user's shell sees it: argv -> (exit code, standard output, standard error)."""
     from tts_engine import cli
 
     def call(*argv):
@@ -51,6 +51,6 @@ def run(capsys):
             code = cli.main([str(argument) for argument in argv])
         except SystemExit as left:
             code = left.code
-        return code, *capsys.readouterr()
+        return code, *capfd.readouterr()
 
     return call

@@ -69,16 +69,12 @@ def evaluated(here, out, *more):
 
 
 @pytest.fixture
-def call(capfd):
-    """argv -> (exit code, standard output, standard error), as a shell would see them."""
+def call(run, capfd):
+    """`run` for an argv in one piece; what was written before it is not the command's."""
 
     def call(argv):
         capfd.readouterr()
-        try:
-            code = cli.main([str(argument) for argument in argv])
-        except SystemExit as left:
-            code = left.code
-        return code, *capfd.readouterr()
+        return run(*argv)
 
     return call
 
