@@ -103,8 +103,8 @@ class ModelRunner:
             if not isinstance(error, RuntimeError | MemoryError):
                 raise
             return False
-        if self.stream is not None:
-            torch.cuda.synchronize(self.stream.device)
+        if self.decoder.device.type == "cuda":
+            torch.cuda.synchronize(self.decoder.device)
         self.tree.resize(num_blocks)
         return True
 
